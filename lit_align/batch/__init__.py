@@ -1,0 +1,34 @@
+"""The data contract between data modules, rollouts and stages: types, layouts (packing) and step plans."""
+
+from lit_align.batch.loader import PlannedLoader
+from lit_align.batch.packing import pack, pad
+from lit_align.batch.plan import MicroPlan, epoch_order, plan_epoch, plan_step, split_step
+from lit_align.batch.types import (
+    IGNORE_INDEX,
+    Branch,
+    Example,
+    MicroBatch,
+    PromptBatch,
+    Scored,
+    Segment,
+    StepTotals,
+)
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Branch",
+    "Example",
+    "MicroBatch",
+    "MicroPlan",
+    "PlannedLoader",
+    "PromptBatch",
+    "Scored",
+    "Segment",
+    "StepTotals",
+    "epoch_order",
+    "pack",
+    "pad",
+    "plan_epoch",
+    "plan_step",
+    "split_step",
+]

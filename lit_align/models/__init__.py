@@ -1,0 +1,27 @@
+"""Networks: where they come from, how packed rows go through them, what is read off them."""
+
+from lit_align.models import attention
+from lit_align.models.forward import (
+    base_model,
+    hidden_states,
+    scalar_at_ends,
+    scalar_at_sources,
+    sequence_lengths,
+    sequence_sums,
+    token_logps,
+    token_stats,
+)
+from lit_align.models.head import TokenStats
+
+__all__ = [
+    "TokenStats",
+    "attention",
+    "base_model",
+    "hidden_states",
+    "scalar_at_ends",
+    "scalar_at_sources",
+    "sequence_lengths",
+    "sequence_sums",
+    "token_logps",
+    "token_stats",
+]

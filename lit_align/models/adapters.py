@@ -1,0 +1,94 @@
+"""Low-rank adapters through peft: putting them on, folding them in, telling them from their base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_align.models.source import LoraSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
+TASKS = {"causal": TaskType.CAUSAL_LM, "scalar": TaskType.SEQ_CLS}
+
+
+def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> PeftModel:
+    """Freezes the model and puts trainable adapters on it; before any step they change nothing.
+
+    Args:
+        model: Causal language model or scalar model; it is changed in place.
+        settings: Rank, scale, where.
+        kind: "causal" or "scalar"; a scalar model's head is new, so it is trained whole and saved with the adapters.
+    """
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type=TASKS[kind],
+        modules_to_save=["score"] if kind == "scalar" else None,
+    )
+    return get_peft_model(model, config)
+
+
+def is_adapter_folder(path: str | None) -> bool:
+    """Whether the folder holds an adapter and no model of its own."""
+    return path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").exists()
+
+
+def merge_adapter_folder(folder: str, load_base: Callable[[str, str | None], PreTrainedModel]) -> PreTrainedModel:
+    """Loads an adapter with its base and folds the one into the other.
+
+    Args:
+        folder: Where the adapter is.
+        load_base: Loads a model from (path or id, revision).
+
+    Returns:
+        A plain model, all of its weights trainable.
+    """
+    settings = PeftConfig.from_pretrained(folder)
+    if not settings.base_model_name_or_path:
+        raise ValueError(f"{folder}/{ADAPTER_CONFIG}: base_model_name_or_path is missing, so the base is not known")
+    base = load_base(settings.base_model_name_or_path, settings.revision)
+    settings.task_type = None  # an adapter of a causal language model may also start a reward model or a critic
+    merged = PeftModel.from_pretrained(base, folder, config=settings).merge_and_unload()
+    merged.config._name_or_path = ""  # neither the base's folder nor the adapter's holds these weights
+    return merged.requires_grad_(True)
+
+
+def plain_name(name: str) -> str | None:
+    """Name that a parameter of an adapted model has in the plain model; None for what belongs to an adapter."""
+    if ".lora_" in name or ".modules_to_save." in name:
+        return None
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def merged_state(model: PeftModel) -> dict[str, Tensor]:
+    """The plain model's weights with the adapters folded in; the model itself is not touched.
+
+    Merging in place and taking it back would leave rounding behind in a model that is still in use.
+    """
+    state = {plain: value for name, value in model.state_dict().items() if (plain := plain_name(name))}
+    for name, layer in _adapted_layers(model):
+        state |= {f"{name}.{key}": value for key, value in _folded(layer).items()}
+    return state
+
+
+def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
+            yield name, module
+
+
+def _folded(layer: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(layer, BaseTunerLayer):
+        return dict(layer.modules_to_save[layer.active_adapter].state_dict())
+    layer = deepcopy(layer)  # one layer at a time: the copy costs the memory of one matrix, not of the model
+    layer.merge(safe_merge=True)
+    return dict(layer.get_base_layer().state_dict())

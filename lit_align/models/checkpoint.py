@@ -1,0 +1,164 @@
+"""What a checkpoint says of its networks, so that they can be built again from the checkpoint alone."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from lit_align.models.adapters import plain_name
+from lit_align.models.fingerprint import base_fingerprint
+from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
+from lit_align.models.modes import dropout_settings
+from lit_align.models.scalar import HEAD, install_head
+from lit_align.models.source import ModelSource
+
+ENTRY = "lit_align"
+AUTO = {"causal": AutoModelForCausalLM, "scalar": AutoModelForSequenceClassification}
+
+
+def checkpoint_entry(
+    stage: str,
+    roles: Mapping[str, tuple[ModelSource, nn.Module]],
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprints: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What goes into `checkpoint["lit_align"]`: plain types and tensors, so that `weights_only=True` reads it.
+
+    Args:
+        stage: Name of the stage ("dpo", ...).
+        roles: For each role that the state dict holds ("policy", "critic", ...): its source and its model.
+        tokenizer: As it was used, template included; its files go into the entry.
+        fingerprints: "reference" -> the fingerprint that anchors it; "<role>.base" -> the `base_fingerprint` of a
+            role with adapters, which is compared when the base is read anew.
+    """
+    return {
+        "stage": stage,
+        "roles": {role: _describe(source, model) for role, (source, model) in roles.items()},
+        "fingerprints": dict(fingerprints or {}),
+        "tokenizer": _tokenizer_files(tokenizer),
+    }
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The entry and the state dict of a checkpoint; nothing pickled in it is executed.
+
+    Raises:
+        ValueError: When it is no file, or none that a stage of this library wrote.
+    """
+    if not Path(path).is_file():
+        kind = "a folder (a sharded checkpoint)" if Path(path).is_dir() else "nothing"
+        raise ValueError(f"checkpoint: expected a .ckpt file; {path} is {kind}")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if ENTRY not in checkpoint:
+        raise ValueError(f"{path}: no stage of lit_align wrote this checkpoint (it has no entry {ENTRY!r})")
+    return checkpoint[ENTRY], checkpoint["state_dict"]
+
+
+def rebuild(entry: dict[str, Any], state: Mapping[str, Tensor], role: str) -> PreTrainedModel | PeftModel:
+    """The model of one role, with exactly the weights of the checkpoint.
+
+    A checkpoint with all weights needs nothing else. One that holds adapters alone needs the base, which is read
+    from where it was read first.
+
+    Args:
+        entry: As `read_checkpoint` returned it.
+        state: The checkpoint's state dict; the role's keys start with "<role>.".
+        role: Which model.
+
+    Raises:
+        ValueError: When the role is not there, weights are missing or left over, or the base is another one.
+    """
+    if role not in entry["roles"]:
+        raise ValueError(f"role: expected one of {', '.join(entry['roles'])}; got {role!r}")
+    described = entry["roles"][role]
+    own = {key.removeprefix(f"{role}."): value for key, value in state.items() if key.startswith(f"{role}.")}
+    source = ModelSource.from_dict(described["source"])
+    if source.lora is None or any(plain_name(key) for key in own):
+        model = _build(described, source)
+    else:
+        model = {"causal": load_causal_lm, "scalar": load_scalar_model}[described["kind"]](source, role)
+        own = _with_base(model, own, entry["fingerprints"].get(f"{role}.base"), role)
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit its own description of {role!r}: {len(missing)} weights missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} left over ({', '.join(unexpected[:3])})"
+        )
+    return model
+
+
+def restore_tokenizer(entry: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was used in training."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in entry["tokenizer"].items():
+            (Path(folder) / name).write_bytes(content.numpy().tobytes())
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def plain_config(model: nn.Module) -> PreTrainedConfig:
+    """A copy of the model's configuration without what training set: caching and dropout are as they were."""
+    config = deepcopy(model.config)
+    text_config = config.get_text_config()
+    text_config.use_cache = True
+    for key, value in dropout_settings(model).items():
+        setattr(text_config, key, value)
+    config._attn_implementation = None
+    return config
+
+
+def is_scalar(model: nn.Module) -> bool:
+    """Whether the model ends in a scalar head rather than in a vocabulary."""
+    return hasattr(model.get_base_model() if isinstance(model, PeftModel) else model, HEAD)
+
+
+def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
+    return {
+        "source": source.to_dict(),
+        "kind": "scalar" if is_scalar(model) else "causal",
+        "config": json.loads(plain_config(model).to_json_string(use_diff=False)),
+    }
+
+
+def _build(described: dict[str, Any], source: ModelSource) -> PreTrainedModel | PeftModel:
+    trust = source.trust_remote_code
+    if trust and source.path:
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision or "main", trust_remote_code=True)
+    else:
+        config = AutoConfig.for_model(**described["config"])
+    with no_init_weights():
+        model = AUTO[described["kind"]].from_config(config, dtype=source.torch_dtype, trust_remote_code=trust)
+    model.tie_weights()
+    if described["kind"] == "scalar":
+        install_head(model, fresh=False)
+    return prepare(model, source, described["kind"])
+
+
+def _with_base(model: nn.Module, adapters: dict[str, Tensor], expected: str | None, role: str) -> dict[str, Tensor]:
+    if expected is not None and (found := base_fingerprint(model)) != expected:
+        raise ValueError(f"{role}: the base has changed since training: fingerprint {found}, expected {expected}")
+    return {key: value for key, value in model.state_dict().items() if plain_name(key)} | adapters
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files}

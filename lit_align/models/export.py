@@ -1,0 +1,170 @@
+"""Trained networks as Hugging Face folders, which plain transformers loads with the same outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_align.models.adapters import ADAPTER_CONFIG, merged_state
+from lit_align.models.checkpoint import AUTO, is_scalar, plain_config, read_checkpoint, rebuild, restore_tokenizer
+from lit_align.models.folder import whole_folder
+from lit_align.models.modes import evaluating
+from lit_align.models.quiet import quiet_loading
+from lit_align.models.tokens import end_of_turn_id, separate_pad_token
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of outputs, relative to the largest output. Folding an adapter in rounds each weight once."""
+
+
+def export(checkpoint: str, out: str, role: str | None = None, merge_lora: bool = True) -> None:
+    """Turns a checkpoint into a Hugging Face folder.
+
+    Args:
+        checkpoint: The .ckpt file.
+        out: The folder to write; a model that is there already is replaced.
+        role: Which network: policy, reward_model or critic. By default the one that the stage trains: the policy, or
+            else the reward model.
+        merge_lora: Fold adapters into their base; otherwise write the adapter alone, beside the tokenizer.
+
+    Raises:
+        ValueError: When the checkpoint cannot be read, or the folder does not give the checkpoint's outputs.
+    """
+    entry, state = read_checkpoint(checkpoint)
+    role = role or ("policy" if "policy" in entry["roles"] else next(iter(entry["roles"])))
+    export_module(rebuild(entry, state, role), restore_tokenizer(entry), out, merge_lora)
+
+
+def export_module(
+    module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, merge_lora: bool = True
+) -> None:
+    """Writes a live model, which stays as it is, and its tokenizer to a Hugging Face folder, and reads it back.
+
+    `AutoModelForCausalLM` (or `AutoModelForSequenceClassification`) and `AutoTokenizer` load the folder. Only one
+    process may write.
+
+    Args:
+        module: The model, with adapters or without.
+        tokenizer: As used in training, with its chat template.
+        out: The folder; a model that is there already is replaced once the new one has been verified.
+        merge_lora: Fold adapters into their base; otherwise write the adapter alone, which needs its base to load.
+
+    Raises:
+        ValueError: When the folder does not give the model's outputs, or an adapter's base has no place of its own.
+    """
+    tokenizer = deepcopy(tokenizer)
+    if is_scalar(module):
+        separate_pad_token(tokenizer)
+    with whole_folder(Path(out)) as folder:
+        if isinstance(module, PeftModel) and not merge_lora:
+            _write_adapter(module, tokenizer, folder)
+        else:
+            _write_model(module, tokenizer, folder)
+        tokenizer.save_pretrained(folder)
+        verify(module, tokenizer, folder)
+
+
+def verify(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Loads the folder as a user would and compares outputs on a small batch, padded on the right.
+
+    Raises:
+        ValueError: When they differ by more than rounding.
+    """
+    extra = {"num_labels": 1} if is_scalar(module) else {}
+    dtype = module.get_input_embeddings().weight.dtype
+    with quiet_loading(), torch.random.fork_rng(devices=[]):
+        read_back = AUTO["scalar" if extra else "causal"].from_pretrained(folder, dtype=dtype, **extra)
+    inputs = _small_batch(module, tokenizer)
+    expected, got = _outputs(module, inputs), _outputs(read_back.to(module.device), inputs)
+    difference = float((expected - got).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not difference <= TOLERANCES[dtype]:  # written so that NaN fails
+        raise ValueError(
+            f"the exported folder does not give the model's outputs: relative difference {difference:.3g}, "
+            f"expected at most {TOLERANCES[dtype]:g} in {dtype}"
+        )
+
+
+def _write_model(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model, state = module, None
+    if isinstance(module, PeftModel):
+        model, state = module.get_base_model(), merged_state(module)
+    with quiet_loading():
+        model.save_pretrained(folder, state_dict=state)
+    config = plain_config(model)
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        _generation_config(model.generation_config, tokenizer).save_pretrained(folder)
+
+
+def _generation_config(trained: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Generation ends where the tokenizer's text, or a turn of its template, ends; whatever the base knew."""
+    config = deepcopy(trained)
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [i for i in (*known, tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if i is not None]
+    ends = list(dict.fromkeys(ends))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    config.pad_token_id = tokenizer.pad_token_id
+    config._from_model_config = False
+    return config
+
+
+def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    base = module.get_base_model().name_or_path
+    if not base:
+        raise ValueError(
+            "the adapter's base is not a folder or Hugging Face id that could be loaded again (it came from a GGUF "
+            "file, an adapter, or from scratch); export with merge_lora=true"
+        )
+    padding = AutoConfig.from_pretrained(base).get_text_config().pad_token_id
+    if is_scalar(module) and padding != tokenizer.pad_token_id:
+        raise ValueError(
+            f"an adapter has no configuration of its own, and its base {base!r} pads with token {padding}, where this "
+            f"model needs {tokenizer.pad_token_id}: scores would be read at the wrong token; export with "
+            "merge_lora=true"
+        )
+    # Without this argument peft asks the Hub whether the vocabulary was resized.
+    module.save_pretrained(folder, save_embedding_layers=False)
+    file = folder / ADAPTER_CONFIG
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _small_batch(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Two rows of 8 and 5 tokens: int64 [2, 8], drawn without touching the global generator."""
+    size = module.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids = torch.randint(size - 1, (2, 8), generator=generator)
+    input_ids += input_ids >= pad_token_id  # any token but padding
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[1, 5:], attention_mask[1, 5:] = pad_token_id, 0
+    return {"input_ids": input_ids.to(module.device), "attention_mask": attention_mask.to(module.device)}
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of the real positions, or scores, in float64 and without autocast."""
+    with evaluating(model), _exact(model):
+        logits = model(**inputs).logits
+    return (logits[inputs["attention_mask"].bool()] if logits.dim() == 3 else logits).double()
+
+
+@contextmanager
+def _exact(model: nn.Module) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

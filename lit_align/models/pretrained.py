@@ -1,0 +1,117 @@
+"""Weights that exist: reading a Hugging Face id or folder, a GGUF file, an adapter with its base."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from lit_align.models.adapters import is_adapter_folder, merge_adapter_folder
+from lit_align.models.gguf import forget_gguf, gguf_options
+from lit_align.models.quiet import quiet_loading
+from lit_align.models.scalar import HEAD, head_in_float32, install_head
+from lit_align.models.source import ModelSource
+from lit_align.models.tokens import first_line
+
+log = getLogger(__name__)
+
+HEADS = (f"{HEAD}.", "lm_head.")
+"""Weights that may be left over: a scalar model has no use for a language model's head, nor the other way round."""
+
+
+def read_pretrained(
+    auto_class: Any, source: ModelSource, name: str = "model", **extra: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model that `source.path` holds; an adapter comes folded into its base.
+
+    Pickled weights are read with `weights_only=True`, as transformers does by itself.
+
+    Args:
+        auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+        source: Whose path, revision, dtype and trust count.
+        name: What the user calls the source; it starts the messages.
+        **extra: For the configuration (`num_labels`).
+
+    Returns:
+        The model, and the names of those of its weights that were not there and are random now.
+
+    Raises:
+        ValueError: When nothing can be loaded from there, or a weight has another shape.
+    """
+    if is_adapter_folder(source.location[0]):
+        return _read_adapter(auto_class, source, name, **extra)
+    try:
+        model, report = _from_pretrained(auto_class, source, **extra)
+    except (OSError, ValueError) as error:
+        where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
+        raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
+    for key, stored, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{name}.path: {key} in {source.path!r} has shape {tuple(stored)}; "
+            f"{type(model).__name__} expects {tuple(expected)}"
+        )
+    if unexpected := [key for key in report["unexpected_keys"] if not key.startswith(HEADS)]:
+        some = ", ".join(sorted(unexpected)[:3])
+        log.warning("%s.path: %s weights of %s were not used (%s, ...)", name, len(unexpected), source.path, some)
+    return model, set(report["missing_keys"])
+
+
+def refuse_missing(missing: set[str], source: ModelSource, name: str = "model") -> None:
+    """Raises ValueError when weights are missing: transformers has put random ones in their place."""
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise ValueError(f"{name}.path: {source.path!r} lacks {len(missing)} weights of the model ({some}, ...)")
+
+
+def _from_pretrained(auto_class: Any, source: ModelSource, **extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    folder, gguf_file = source.location
+    options = {"revision": source.revision or "main", "trust_remote_code": source.trust_remote_code, **extra}
+    options |= gguf_options(gguf_file) if gguf_file else {}
+    with quiet_loading(), nullcontext() if gguf_file else _head_in_float32(auto_class, folder, options):
+        model, report = auto_class.from_pretrained(
+            folder, dtype=source.torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if gguf_file:
+        forget_gguf(model)
+    return model, report
+
+
+def _head_in_float32(auto_class: Any, folder: str | None, options: dict[str, Any]) -> AbstractContextManager[None]:
+    if auto_class is not AutoModelForSequenceClassification:
+        return nullcontext()
+    config = AutoConfig.from_pretrained(
+        folder, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+    )
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return head_in_float32(classes[type(config)]) if type(config) in classes else nullcontext()
+
+
+def _read_adapter(auto_class: Any, source: ModelSource, name: str, **extra: Any) -> tuple[PreTrainedModel, set[str]]:
+    missing: set[str] = set()
+
+    def load_base(path: str, revision: str | None) -> PreTrainedModel:
+        base_source = ModelSource(
+            path=path, revision=revision, dtype=source.dtype, trust_remote_code=source.trust_remote_code
+        )
+        base, absent = read_pretrained(auto_class, base_source.validate(name), name, **extra)
+        missing.update(absent)
+        if auto_class is AutoModelForSequenceClassification:
+            install_head(base, fresh=False)  # in float32 before the adapter's head is written into it
+        return base
+
+    model = merge_adapter_folder(str(source.path), load_base)
+    if HEAD in (PeftConfig.from_pretrained(source.path).modules_to_save or ()):
+        missing = {key for key in missing if not key.startswith(f"{HEAD}.")}
+    return model, missing

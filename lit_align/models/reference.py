@@ -1,0 +1,71 @@
+"""The reference: what the policy was when training began, and never anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_align.models.fingerprint import base_fingerprint, fingerprint
+from lit_align.models.load import load_causal_lm
+from lit_align.models.modes import disable_dropout, evaluating
+from lit_align.models.source import ModelSource
+
+
+def make_reference(
+    policy: nn.Module, policy_source: ModelSource, reference_source: ModelSource | None = None
+) -> PreTrainedModel | None:
+    """The frozen reference of a policy that was built just now.
+
+    A reference of its own is always read from where it lives, never copied out of a policy in memory, which may
+    have been trained or resumed. Only a policy that starts from scratch lives nowhere else; it is copied, and must
+    be fresh (compare fingerprints on resume).
+
+    Args:
+        policy: As `load_causal_lm(policy_source)` returned it.
+        policy_source: Where the policy comes from.
+        reference_source: Where the reference comes from; None = the start of the policy.
+
+    Returns:
+        A model in evaluation mode, without gradients and without dropout. None when the policy has adapters and
+        no other reference is asked for: then the policy under `reference_mode` is the reference, and no copy is.
+    """
+    if reference_source is not None:
+        return freeze(load_causal_lm(reference_source.frozen(), "reference"))
+    if isinstance(policy, PeftModel):
+        return None
+    if policy_source.config is not None:
+        return freeze(deepcopy(policy))
+    return freeze(load_causal_lm(policy_source.frozen(), "policy"))
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, no gradients, no dropout even if somebody calls `train()` on it."""
+    disable_dropout(model)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def reference_mode(policy: nn.Module) -> Iterator[nn.Module]:
+    """While open, a policy with adapters is its own reference: adapters off, evaluation mode, no gradients.
+
+    Raises:
+        ValueError: When the policy has no adapters: it would be compared with itself.
+    """
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            f"expected a policy with adapters; got {type(policy).__name__}. Without adapters the reference is a model "
+            "of its own: make_reference builds it."
+        )
+    with evaluating(policy), torch.no_grad(), policy.disable_adapter():
+        yield policy
+
+
+def reference_fingerprint(policy: nn.Module, reference: nn.Module | None) -> str:
+    """The fingerprint by which a reference is anchored: its own, or that of the policy with its adapters off."""
+    return base_fingerprint(policy) if reference is None else fingerprint(reference)

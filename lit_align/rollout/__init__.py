@@ -1,0 +1,1 @@
+"""Rollouts: sampling answers, scoring them, and turning scores into advantages."""

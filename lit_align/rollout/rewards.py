@@ -1,0 +1,43 @@
+"""Rewards from Python callables: what a user's own judgement of an answer plugs into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RewardCallable = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A callable that scores answers, and its weight in the reward.
+
+    Attributes:
+        function: Import path of `f(prompts, answers, records) -> scores`: three lists of equal length (rendered
+            prompt, answer without special tokens, the record that the prompt came from), one number for each.
+        weight: Multiplies its scores.
+    """
+
+    function: RewardCallable
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Under which its mean is logged."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, prompts: list[str], answers: list[str], records: list[dict[str, Any]]) -> list[float]:
+        """Scores times weight.
+
+        Raises:
+            ValueError: The callable gave another number of scores than answers, or one that is no finite number.
+        """
+        scores = [float(score) for score in self.function(prompts, answers, records)]
+        if len(scores) != len(answers):
+            raise ValueError(f"reward function {self.name}: expected {len(answers)} scores, got {len(scores)}")
+        for answer, score in zip(answers, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(f"reward function {self.name}: expected a finite number, got {score} for {answer!r}")
+        return [self.weight * score for score in scores]

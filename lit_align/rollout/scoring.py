@@ -1,0 +1,50 @@
+"""Reading numbers off networks for answers that have been sampled: one forward per micro-batch, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_align.batch import Example, MicroBatch, StepTotals, pack
+from lit_align.models import scalar_at_ends, scalar_at_sources, sequence_lengths, token_logps
+from lit_align.models.modes import evaluating
+
+_TOTALS = StepTotals(1.0, 1.0)
+
+
+def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[MicroBatch]:
+    """The examples in their order, `batch_size` at a time, packed, on the device."""
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        yield pack(chunk, range(start, start + len(chunk)), _TOTALS).to(device)
+
+
+def answer_logps(model: nn.Module, batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
+    """Log-probabilities in nats of each answer's tokens under softmax(logits / temperature), on the CPU."""
+    return _per_sequence(lambda batch: token_logps(model, batch, temperature), model, batches)
+
+
+def answer_values(model: nn.Module, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """The critic's value at the state before each of an answer's tokens, on the CPU."""
+    return _per_sequence(lambda batch: scalar_at_sources(model, batch), model, batches)
+
+
+@torch.no_grad()
+def answer_rewards(model: nn.Module, batches: Sequence[MicroBatch]) -> Tensor:
+    """The reward model's value at each answer's last token, float32 [S], on the CPU."""
+    with evaluating(model):
+        return torch.cat([scalar_at_ends(model, batch) for batch in batches]).cpu()
+
+
+@torch.no_grad()
+def _per_sequence(
+    read: Callable[[MicroBatch], Tensor], model: nn.Module, batches: Sequence[MicroBatch]
+) -> list[Tensor]:
+    with evaluating(model):
+        return [
+            row
+            for batch in batches
+            for row in read(batch).cpu().split([int(n) for n in sequence_lengths(batch).tolist()])
+        ]

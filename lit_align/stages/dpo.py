@@ -1,0 +1,130 @@
+"""Direct preference optimisation (DPO) and its family: preferences without a reward model."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lit_align.models.modes import disable_dropout
+from lit_align.models.reference import make_reference
+from torch import Tensor
+
+from lit_align.batch import MicroBatch
+from lit_align.losses import PreferenceLogps, PreferenceLoss, Sigmoid, chosen_nll
+from lit_align.models import sequence_lengths, sequence_sums, token_logps, token_stats
+from lit_align.models.source import ModelSource
+from lit_align.stages.policy import PolicyStage, reference_policy
+from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
+
+
+class LitDPO(PolicyStage):
+    """Trains a policy on preference pairs against a frozen reference.
+
+    Loss: `loss(pairs)`, mean over the pairs of the optimizer step; by default
+    -log sigmoid(beta * ((pi_c - ref_c) - (pi_r - ref_r))) with summed log-probabilities of the responses
+    (arXiv:2305.18290, eq. 7). At the first step it is ln 2, exactly. Dropout is off.
+
+    Args:
+        policy: Where the language model comes from.
+        loss: The member of the family, by class path; holds beta.
+        reference: Where the reference comes from; None = where the policy comes from (with LoRA: adapters off).
+        rpo_alpha: If set, the loss is rpo_alpha * loss + mean negative log-likelihood of the chosen response.
+        optimizer: Built from the trainable parameters.
+        lr_scheduler: Built from the optimizer and the number of steps of the run.
+    """
+
+    name = "dpo"
+    frozen: ClassVar[tuple[str, ...]] = ("reference",)
+    metrics: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "entropy",
+        "nll_loss",
+    )
+    progress: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies")
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        loss: PreferenceLoss = Sigmoid(beta=0.1),  # noqa: B008 (frozen, and jsonargparse shows it)
+        reference: ModelSource | None = None,
+        rpo_alpha: float | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: SchedulerCallable = default_scheduler,
+    ) -> None:
+        super().__init__(policy, optimizer, lr_scheduler)
+        self.loss, self.reference_source, self.rpo_alpha = loss, reference, rpo_alpha
+        self.reference = None
+
+    def configure_model(self) -> None:
+        """Builds policy and reference, once."""
+        if self.policy is None:
+            super().configure_model()
+            disable_dropout(self.policy)
+            if not self.loss.reference_free:
+                self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """Preference loss of the micro-batch's pairs, as its share of the step's mean."""
+        return self.scaled(self._loss(batch), batch.totals.examples)
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Records the same loss."""
+        self._loss(batch)
+
+    test_step = validation_step
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        stats = token_stats(self.policy, batch)
+        logps = sequence_sums(stats.logps, batch)  # [S], one per response
+        pairs = self._pairs(logps, self._reference_logps(batch, logps), batch)
+        losses = self.loss(pairs)  # [B]
+        nll = chosen_nll(pairs.policy_chosen, pairs.chosen_lengths)
+        if self.rpo_alpha is not None:
+            losses = self.rpo_alpha * losses + nll
+        loss = (losses * batch.values.get("weight", torch.ones_like(losses))).sum()
+        self._record(pairs, loss, nll, stats.entropy)
+        return loss
+
+    def _pairs(self, logps: Tensor, reference_logps: Tensor, batch: MicroBatch) -> PreferenceLogps:
+        # An empty micro-batch has one column of groups, hence -1 for the second.
+        chosen, rejected = batch.groups[:, 0], batch.groups[:, -1]
+        lengths = sequence_lengths(batch)
+        return PreferenceLogps(
+            logps[chosen],
+            logps[rejected],
+            reference_logps[chosen],
+            reference_logps[rejected],
+            lengths[chosen],
+            lengths[rejected],
+        )
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: MicroBatch, logps: Tensor) -> Tensor:
+        if self.loss.reference_free:
+            return torch.zeros_like(logps)
+        with reference_policy(self.policy, self.reference) as reference:
+            return sequence_sums(token_logps(reference, batch), batch)
+
+    def _record(self, pairs: PreferenceLogps, loss: Tensor, nll: Tensor, entropy: Tensor) -> None:
+        chosen, rejected = self.loss.rewards(pairs)
+        count = len(chosen)
+        self.record(
+            **{
+                "loss": (loss, count),
+                "rewards/chosen": (chosen.sum(), count),
+                "rewards/rejected": (rejected.sum(), count),
+                "rewards/accuracies": ((chosen > rejected).float().sum(), count),
+                "rewards/margins": ((chosen - rejected).sum(), count),
+                "logps/chosen": (pairs.policy_chosen.sum(), count),
+                "logps/rejected": (pairs.policy_rejected.sum(), count),
+                "entropy": (entropy.sum(), len(entropy)),
+                "nll_loss": (nll.sum(), count),
+            }
+        )

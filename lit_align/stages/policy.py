@@ -1,0 +1,77 @@
+"""What the stages with a policy share: building it, sampling answers from it, predicting with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from lightning.pytorch.cli import OptimizerCallable
+from lit_align.models.load import load_causal_lm, load_tokenizer
+from lit_align.models.reference import reference_mode
+from torch import Tensor, nn
+
+from lit_align.batch import MicroBatch, PromptBatch
+from lit_align.models import sequence_sums, token_logps
+from lit_align.models.source import ModelSource
+from lit_align.rollout.sampling import Answer, Sampling, sample
+from lit_align.stages.stage import SchedulerCallable, Stage
+
+
+@contextmanager
+def reference_policy(policy: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """The network that gives reference log-probabilities: the frozen copy, or the policy with its adapters off."""
+    if reference is not None:
+        yield reference
+        return
+    with reference_mode(policy):
+        yield policy
+
+
+class PolicyStage(Stage):
+    """A stage that trains a causal language model, held as `policy`."""
+
+    trained: ClassVar[tuple[str, ...]] = ("policy",)
+
+    def __init__(self, policy: ModelSource, optimizer: OptimizerCallable, lr_scheduler: SchedulerCallable) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.policy_source = policy
+        self.policy = None
+        self.sampling = Sampling()
+
+    def sources(self) -> dict[str, ModelSource]:
+        """The policy's source."""
+        return {"policy": self.policy_source}
+
+    def configure_model(self) -> None:
+        """Builds the policy, once."""
+        if self.policy is None:
+            self.tokenizer = load_tokenizer(self.policy_source, "policy")
+            self.policy = load_causal_lm(self.policy_source, "policy")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's eos and those that the model's own settings name."""
+        named = self.policy.generation_config.eos_token_id
+        named = named if isinstance(named, list) else [named]
+        return sorted({i for i in (*named, self.tokenizer.eos_token_id) if i is not None})
+
+    def answer(self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None) -> list[Answer]:
+        """Samples one answer for each prompt from the policy as it is."""
+        prompts = [ids.to(self.device) for ids in prompt_ids]
+        return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling)
+
+    def generate_answers(self, batch: PromptBatch, sampling: Sampling | None = None) -> list[str]:
+        """The answers' text, without special tokens."""
+        answers = self.answer(batch.prompt_ids, sampling)
+        return [self.tokenizer.decode(a.input_ids, skip_special_tokens=True) for a in answers]
+
+    def predict_step(self, batch: MicroBatch | PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row per example: sampled answers for prompts, log-probabilities in nats for everything else."""
+        indices = batch.indices.tolist()
+        if isinstance(batch, PromptBatch):
+            texts = self.generate_answers(batch)
+            rows = zip(indices, batch.records, texts, strict=True)
+            return [{"index": i, "record": record, "answer": text} for i, record, text in rows]
+        logps = sequence_sums(token_logps(self.policy, batch), batch)[batch.groups].tolist()
+        return [{"index": i, "logps": row} for i, row in zip(indices, logps, strict=True)]

@@ -1,0 +1,46 @@
+"""The numbers of PPO, with the defaults of the field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """The numbers of the algorithm.
+
+    Attributes:
+        ppo_epochs: Passes over each rollout.
+        num_minibatches: Optimizer steps per pass.
+        num_answers: Answers sampled per prompt.
+        clip_range: The ratio is clipped to [1 - clip_range, 1 + clip_range_high].
+        clip_range_high: None = clip_range.
+        dual_clip: Bound on the loss of tokens with negative advantage, in units of it (arXiv:1912.09729); None = off.
+        clip_range_value: How far a value may move from its old one before its gradient stops; None = no limit.
+        value_coef: Weight of the value loss.
+        entropy_coef: Weight of the entropy bonus.
+        kl_coef: Weight of k1, per token, in the reward.
+        target_kl: If set, `kl_coef` adapts to keep the KL of a sequence at this many nats (arXiv:1909.08593, sec. 2.2).
+        kl_horizon: Episodes over which it adapts.
+        kl_loss_coef: Weight of k2, per token, in the loss: the gradient of the KL itself; for GRPO.
+        missing_eos_penalty: Taken off the score of an answer that did not end by itself.
+        reward_clip: Scores are clipped to [-reward_clip, reward_clip]; None = not.
+        scoring_batch_size: Prompts that are scored side by side.
+    """
+
+    ppo_epochs: int = 4
+    num_minibatches: int = 1
+    num_answers: int = 1
+    clip_range: float = 0.2
+    clip_range_high: float | None = None
+    dual_clip: float | None = 3.0
+    clip_range_value: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.05
+    target_kl: float | None = None
+    kl_horizon: float = 10_000.0
+    kl_loss_coef: float = 0.0
+    missing_eos_penalty: float = 1.0
+    reward_clip: float | None = 10.0
+    scoring_batch_size: int = 16

@@ -1,0 +1,172 @@
+"""What the stages share: optimizer, contents of a checkpoint, exact logging. It calls nothing of an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lit_align.models.checkpoint import ENTRY, checkpoint_entry
+from lit_align.models.fingerprint import base_fingerprint, fingerprint
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.models.source import ModelSource
+from lit_align.stages.metrics import Means
+from lit_align.stages.optim import WarmupCosine
+
+SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+
+
+def default_optimizer(parameters: Any) -> Optimizer:
+    """AdamW at 2e-5 without weight decay."""
+    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+
+
+def default_scheduler(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Warm-up and cosine decay."""
+    return WarmupCosine(optimizer, total_steps)
+
+
+class Stage(LightningModule):
+    """Thin common parent of the stages.
+
+    Attributes:
+        name: Short name of the stage; names its run folder.
+        trained: Attributes that hold trained networks, main one first.
+        frozen: Attributes that hold frozen networks: not in the checkpoint, but their fingerprints are.
+        metrics: Names of the values that the stage records.
+        progress: Those of them that the progress bar shows.
+    """
+
+    name: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]]
+    progress: ClassVar[tuple[str, ...]] = ("loss",)
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: SchedulerCallable) -> None:
+        super().__init__()
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.train_means, self.val_means = Means(self.metrics), Means(self.metrics)
+
+    # -- optimisation
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is built from: the trainable parameters, in one group."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The configured optimizer, and its schedule over the steps of the run."""
+        optimizer = self.optimizer(self.parameter_groups())
+        scheduler = self.lr_scheduler(optimizer, max(int(self.trainer.estimated_stepping_batches), 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def scaled(self, total: Tensor, normaliser: float) -> Tensor:
+        """The one place where a loss is scaled.
+
+        Args:
+            total: Sum of the loss over the items of this micro-batch.
+            normaliser: Number of items of the whole optimizer step, over all ranks and micro-batches.
+
+        Returns:
+            `total / normaliser`, times what Lightning (accumulation) and DDP or FSDP (ranks) will divide by.
+        """
+        averaged_over = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return total * (averaged_over / max(normaliser, 1e-12))
+
+    # -- logging
+
+    def record(self, **sums: tuple[Tensor | float, Tensor | float]) -> None:
+        """Adds (sum, weight) of each value to the running split's means; see `Means.update`."""
+        (self.train_means if self.trainer.training else self.val_means).update(**sums)
+
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, made from the means; a stage derives further values (a spread, say) here."""
+        return means
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step's means, if this step is one that is logged."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log("train", self.train_means.compute())
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self.log("train/grad_norm", norm.detach())
+        self.train_means.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the validation means afresh."""
+        self.val_means.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation means."""
+        self._log("val", self.val_means.compute())
+
+    def on_test_epoch_start(self) -> None:
+        """Starts the test means afresh."""
+        self.val_means.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test means."""
+        self._log("test", self.val_means.compute())
+
+    def _log(self, split: str, means: dict[str, float]) -> None:
+        for name, value in self.summarise(means).items():
+            self.log(f"{split}/{name}", value, prog_bar=name in self.progress, rank_zero_only=False)
+
+    # -- checkpoints
+
+    def sources(self) -> dict[str, ModelSource]:
+        """Where each trained network comes from, by attribute name."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its networks come from")
+
+    def networks(self, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the named attributes that hold a network."""
+        return ((name, net) for name in names if isinstance(net := getattr(self, name, None), nn.Module))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What training changes: no frozen network, no frozen base under adapters."""
+        left_out = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in state.items() if k not in left_out and k.split(".")[0] not in self.frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave; strict about everything that it holds."""
+        expected = set(self.state_dict())
+        missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"the checkpoint is not one of this model: {len(missing)} weights are missing in it "
+                f"({missing[:3]}), {len(unexpected)} are unknown ({unexpected[:3]}); "
+                "start it with the configuration that it was made with"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds where the networks came from and the fingerprints of the frozen ones; plain types only."""
+        roles = {name: (self.sources()[name], net) for name, net in self.networks(self.trained)}
+        checkpoint[ENTRY] = checkpoint_entry(self.name, roles, self.tokenizer, self.fingerprints())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with another frozen network than the run began with."""
+        stored = checkpoint.get(ENTRY, {}).get("fingerprints", {})
+        for name, now in self.fingerprints().items():
+            if name in stored and stored[name] != now:
+                raise ValueError(
+                    f"{name}: its weights are not those that the checkpoint's run was using (fingerprint "
+                    f"{now[:12]}, expected {stored[name][:12]}); restore the files that it is loaded from"
+                )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each frozen network and of each frozen base under adapters; computed once."""
+        if not hasattr(self, "_fingerprints"):
+            self._fingerprints = {name: fingerprint(net) for name, net in self.networks(self.frozen)}
+            adapted = ((n, net) for n, net in self.networks(self.trained) if isinstance(net, PeftModel))
+            self._fingerprints |= {f"{name}.base": base_fingerprint(net) for name, net in adapted}
+        return self._fingerprints
