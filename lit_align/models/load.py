@@ -84,7 +84,9 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
     if model.can_generate():
         model.generation_config.use_cache = True
     if source.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name is the one that transformers before 5.18 knows.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if source.lora is not None:
         model = add_adapters(model, source.lora, kind)
     return model.train()

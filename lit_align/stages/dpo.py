@@ -6,19 +6,19 @@ from typing import ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lit_align.models.modes import disable_dropout
-from lit_align.models.reference import make_reference
 from torch import Tensor
 
 from lit_align.batch import MicroBatch
 from lit_align.losses import PreferenceLogps, PreferenceLoss, Sigmoid, chosen_nll
 from lit_align.models import sequence_lengths, sequence_sums, token_logps, token_stats
+from lit_align.models.modes import disable_dropout
+from lit_align.models.reference import make_reference
 from lit_align.models.source import ModelSource
-from lit_align.stages.policy import PolicyStage, reference_policy
+from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
 
 
-class LitDPO(PolicyStage):
+class LitDPO(ReferencedStage):
     """Trains a policy on preference pairs against a frozen reference.
 
     Loss: `loss(pairs)`, mean over the pairs of the optimizer step; by default
@@ -35,7 +35,6 @@ class LitDPO(PolicyStage):
     """
 
     name = "dpo"
-    frozen: ClassVar[tuple[str, ...]] = ("reference",)
     metrics: ClassVar[tuple[str, ...]] = (
         "loss",
         "rewards/chosen",
@@ -60,14 +59,14 @@ class LitDPO(PolicyStage):
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
         self.loss, self.reference_source, self.rpo_alpha = loss, reference, rpo_alpha
-        self.reference = None
+        self.has_reference = not loss.reference_free
 
     def configure_model(self) -> None:
         """Builds policy and reference, once."""
         if self.policy is None:
             super().configure_model()
             disable_dropout(self.policy)
-            if not self.loss.reference_free:
+            if self.has_reference:
                 self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
@@ -107,7 +106,7 @@ class LitDPO(PolicyStage):
 
     @torch.no_grad()
     def _reference_logps(self, batch: MicroBatch, logps: Tensor) -> Tensor:
-        if self.loss.reference_free:
+        if not self.has_reference:
             return torch.zeros_like(logps)
         with reference_policy(self.policy, self.reference) as reference:
             return sequence_sums(token_logps(reference, batch), batch)

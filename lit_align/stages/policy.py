@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from lightning.pytorch.cli import OptimizerCallable
-from lit_align.models.load import load_causal_lm, load_tokenizer
-from lit_align.models.reference import reference_mode
 from torch import Tensor, nn
 
 from lit_align.batch import MicroBatch, PromptBatch
 from lit_align.models import sequence_sums, token_logps
+from lit_align.models.load import load_causal_lm, load_tokenizer
+from lit_align.models.reference import reference_mode
 from lit_align.models.source import ModelSource
+from lit_align.rollout.experience import as_examples
 from lit_align.rollout.sampling import Answer, Sampling, sample
+from lit_align.rollout.scoring import answer_logps, micro_batches
 from lit_align.stages.stage import SchedulerCallable, Stage
 
 
@@ -75,3 +77,35 @@ class PolicyStage(Stage):
             return [{"index": i, "record": record, "answer": text} for i, record, text in rows]
         logps = sequence_sums(token_logps(self.policy, batch), batch)[batch.groups].tolist()
         return [{"index": i, "logps": row} for i, row in zip(indices, logps, strict=True)]
+
+
+class ReferencedStage(PolicyStage):
+    """A stage that holds its policy against a frozen reference, held as `reference` (None with adapters)."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("reference",)
+
+    has_reference = True
+
+    def __init__(self, policy: ModelSource, optimizer: OptimizerCallable, lr_scheduler: SchedulerCallable) -> None:
+        super().__init__(policy, optimizer, lr_scheduler)
+        self.reference = None
+
+    def kl_to_reference(self, batch: PromptBatch, sampling: Sampling) -> list[float] | None:
+        """One sample of log policy - log reference, in nats, for each prompt: its mean estimates the KL of answers.
+
+        Args:
+            batch: The prompts.
+            sampling: How answers are sampled; its temperature counts in both log-probabilities.
+
+        Returns:
+            One number per prompt; None if the stage has no reference.
+        """
+        if not self.has_reference:
+            return None
+        answers = [(answer,) for answer in self.answer(batch.prompt_ids, sampling)]
+        examples = as_examples(batch.prompt_ids, answers)
+        packed = list(micro_batches(examples, sampling.batch_size, self.device))
+        logps = answer_logps(self.policy, packed, sampling.temperature)
+        with reference_policy(self.policy, self.reference) as reference:
+            reference_logps = answer_logps(reference, packed, sampling.temperature)
+        return [float((p - r).sum()) for p, r in zip(logps, reference_logps, strict=True)]

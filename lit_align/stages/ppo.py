@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lit_align.models.load import load_scalar_model
-from lit_align.models.modes import disable_dropout
-from lit_align.models.reference import freeze, make_reference
 from torch import Tensor, nn
 
 from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
 from lit_align.models import scalar_at_sources, token_stats
+from lit_align.models.load import load_scalar_model
+from lit_align.models.modes import disable_dropout
+from lit_align.models.reference import freeze, make_reference
 from lit_align.models.source import ModelSource
 from lit_align.rollout.advantages import AdaptiveKL, FixedKL, explained_variance
 from lit_align.rollout.estimators import GAE, AdvantageEstimator
@@ -33,12 +33,12 @@ from lit_align.rollout.loader import RolloutLoader
 from lit_align.rollout.rewards import RewardFunction
 from lit_align.rollout.sampling import Answer, Sampling
 from lit_align.rollout.scoring import answer_logps, answer_rewards, answer_values, micro_batches
-from lit_align.stages.policy import PolicyStage, reference_policy
+from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.ppo_settings import PPOSettings
 from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
 
 
-class LitPPO(PolicyStage):
+class LitPPO(ReferencedStage):
     """Trains a policy on rewards of the answers that it samples, close to a frozen reference.
 
     Loss of a token: clipped policy loss (arXiv:1707.06347, eq. 7) + value_coef * clipped value loss, divided by the
@@ -109,7 +109,7 @@ class LitPPO(PolicyStage):
         self.kl = FixedKL(ppo.kl_coef)
         if ppo.target_kl is not None:
             self.kl = AdaptiveKL(ppo.kl_coef, ppo.target_kl, ppo.kl_horizon)
-        self.reference = self.reward_model = self.critic = None
+        self.reward_model = self.critic = None
         self.rollout_metrics: dict[str, float] = {}
 
     def sources(self) -> dict[str, ModelSource]:

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lit_align.models.load import load_scalar_model, load_tokenizer
-from lit_align.models.modes import disable_dropout
 from torch import Tensor
 
 from lit_align.batch import MicroBatch
 from lit_align.losses import pairwise_reward_loss
 from lit_align.models import scalar_at_ends
+from lit_align.models.load import load_scalar_model, load_tokenizer
+from lit_align.models.modes import disable_dropout
 from lit_align.models.source import ModelSource
 from lit_align.stages.stage import SchedulerCallable, Stage, default_optimizer, default_scheduler
 

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lit_align.models.checkpoint import ENTRY, checkpoint_entry
-from lit_align.models.fingerprint import base_fingerprint, fingerprint
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.models.checkpoint import ENTRY, checkpoint_entry
+from lit_align.models.fingerprint import base_fingerprint, fingerprint
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
 from lit_align.stages.optim import WarmupCosine

@@ -39,8 +39,15 @@ FAMILIES = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "cohere": {},
     "granite": {"logits_scaling": 3.0},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-             "resid_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
 }
 TOTALS = StepTotals(1.0, 1.0)
 
@@ -49,7 +56,9 @@ def tiny(family: str, attention: str = "packed", auto=AutoModelForCausalLM, **ex
     torch.manual_seed(0)
     options = FAMILIES[family].copy()
     model_type = options.pop("model_type", family)
-    config = AutoConfig.for_model(model_type, **({"vocab_size": VOCABULARY, "pad_token_id": 0} if family == "gpt2" else COMMON) | options | extra)
+    config = AutoConfig.for_model(
+        model_type, **({"vocab_size": VOCABULARY, "pad_token_id": 0} if family == "gpt2" else COMMON) | options | extra
+    )
     return auto.from_config(config, attn_implementation=attention).float().eval()
 
 
@@ -128,9 +137,11 @@ def test_garbage_in_a_neighbour_changes_neither_values_nor_gradients(pairs):
     first = token_logps(model, pack(pairs, range(3), TOTALS))[rows]
     second = token_logps(model, pack(other, range(3), TOTALS))[rows]
     assert torch.equal(first, second)
-    assert all(torch.equal(a, b) for a, b in zip(
-        gradients(model, first.sum()).values(), gradients(model, second.sum()).values(), strict=True)
-        if a.shape[0] != VOCABULARY)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(gradients(model, first.sum()).values(), gradients(model, second.sum()).values(), strict=True)
+        if a.shape[0] != VOCABULARY
+    )
 
 
 def test_temperature_divides_the_logits(pairs):
@@ -141,7 +152,8 @@ def test_temperature_divides_the_logits(pairs):
     stats = token_stats(model, batch, temperature=0.7)
     torch.testing.assert_close(stats.logps.double(), want, rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        stats.entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=1e-6)
+        stats.entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=1e-6
+    )
     assert torch.equal(stats.correct.bool(), logits.argmax(-1) == batch.scored.targets)
 
 
@@ -179,7 +191,13 @@ def test_sums_and_lengths_per_sequence(pairs):
 def test_scalar_head_reads_the_last_real_token_even_if_it_looks_like_padding(side, pairs):
     model = tiny("llama", auto=AutoModelForSequenceClassification, num_labels=1)
     last_is_pad = [
-        Example(e.prefix_ids, tuple(Branch(torch.cat([b.input_ids, torch.tensor([0])]), torch.ones(len(b.input_ids) + 1)) for b in e.branches))
+        Example(
+            e.prefix_ids,
+            tuple(
+                Branch(torch.cat([b.input_ids, torch.tensor([0])]), torch.ones(len(b.input_ids) + 1))
+                for b in e.branches
+            ),
+        )
         for e in pairs
     ]
     make = pack if side is None else lambda *a: pad(*a, padding_side=side)

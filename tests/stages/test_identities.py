@@ -62,7 +62,9 @@ def test_reward_model_begins_at_ln_2(tiny_model, pairs, make_data, make_trainer)
 
 def test_language_stages_begin_near_the_uniform_loss(tiny_model, conversations, make_data, make_trainer):
     for kind in (LitPretrain, LitSFT):
-        logged = fit(kind(ModelSource(path=str(tiny_model)), **FAST), make_data(conversations), make_trainer(max_steps=1))
+        logged = fit(
+            kind(ModelSource(path=str(tiny_model)), **FAST), make_data(conversations), make_trainer(max_steps=1)
+        )
         assert logged["train/loss"][0] == pytest.approx(math.log(259), rel=0.02)
 
 
@@ -89,8 +91,12 @@ def test_first_ppo_ratio_is_1_and_kl_0(tiny_model, prompts, make_data, make_trai
 
 def test_frozen_networks_stay_what_they_are(tiny_model, pairs, prompts, make_data, make_trainer):
     dpo = LitDPO(ModelSource(path=str(tiny_model)), **FAST)
-    ppo = LitPPO(ModelSource(path=str(tiny_model)), reward_model=ModelSource(path=str(tiny_model)),
-                 sampling=Sampling(max_new_tokens=4), **FAST)
+    ppo = LitPPO(
+        ModelSource(path=str(tiny_model)),
+        reward_model=ModelSource(path=str(tiny_model)),
+        sampling=Sampling(max_new_tokens=4),
+        **FAST,
+    )
     for stage, items, frozen in ((dpo, pairs, ["reference"]), (ppo, prompts, ["reference", "reward_model"])):
         stage.configure_model()
         before = {name: weights(getattr(stage, name)) for name in frozen}
@@ -127,7 +133,9 @@ def test_a_step_is_the_same_however_its_work_is_split(tiny_model, conversations,
     for kind, items in ((LitSFT, conversations), (LitDPO, pairs), (LitReward, pairs)):
         finals = []
         for split in (
-            {"accumulate": 1}, {"accumulate": 4}, {"accumulate": 1, "layout": "padded"},
+            {"accumulate": 1},
+            {"accumulate": 4},
+            {"accumulate": 1, "layout": "padded"},
             {"accumulate": 3, "layout": "padded", "side": "left"},
         ):
             torch.manual_seed(0)
