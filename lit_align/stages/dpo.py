@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.batch import MicroBatch
@@ -68,6 +69,15 @@ class LitDPO(ReferencedStage):
             disable_dropout(self.policy)
             if self.has_reference:
                 self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
+
+    def on_fit_start(self) -> None:
+        """Says so when a loss that looks across pairs will see only a part of each step."""
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if self.loss.couples_pairs and parts > 1:
+            rank_zero_warn(
+                f"{type(self.loss).__name__} compares the pairs of a micro-batch with each other, and each step is "
+                f"split in {parts}: another split gives another update. Use one micro-batch on one device to avoid it."
+            )
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """Preference loss of the micro-batch's pairs, as its share of the step's mean."""
