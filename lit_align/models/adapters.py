@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,7 +28,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> P
     """
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r and asks no more of it
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type=TASKS[kind],
@@ -86,7 +87,7 @@ def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _folded(layer: nn.Module) -> dict[str, Tensor]:
+def _folded(layer: Any) -> dict[str, Tensor]:
     if not isinstance(layer, BaseTunerLayer):
         return dict(layer.modules_to_save[layer.active_adapter].state_dict())
     layer = deepcopy(layer)  # one layer at a time: the copy costs the memory of one matrix, not of the model

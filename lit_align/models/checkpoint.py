@@ -113,7 +113,7 @@ def restore_tokenizer(entry: dict[str, Any]) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def plain_config(model: nn.Module) -> PreTrainedConfig:
+def plain_config(model: Any) -> PreTrainedConfig:
     """A copy of the model's configuration without what training set: caching and dropout are as they were."""
     config = deepcopy(model.config)
     text_config = config.get_text_config()

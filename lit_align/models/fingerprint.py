@@ -43,6 +43,7 @@ def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(content.numpy().data)
     return digest.hexdigest()

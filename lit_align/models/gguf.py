@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import GgufConfig, PreTrainedModel
+from gguf import GGUFReader
+from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+"""Where the file says which token has which part."""
 
 
 def gguf_options(gguf_file: str) -> dict[str, Any]:
@@ -16,12 +26,19 @@ def gguf_options(gguf_file: str) -> dict[str, Any]:
     return {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
 
 
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Gives the special tokens the parts that the file gives them.
+
+    transformers up to 5.17 exchanges begin and end of text, after which no answer would ever end.
+    """
+    fields = GGUFReader(file).fields
+    for part, key in SPECIAL_TOKENS.items():
+        if key in fields:
+            setattr(tokenizer, part, tokenizer.convert_ids_to_tokens(int(fields[key].contents())))
+
+
 def forget_gguf(model: PreTrainedModel) -> None:
-    """Drops what would keep a dequantised model from being saved, or send its readers back to the GGUF file."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    """Drops the names that lead back to the GGUF file: nothing else could be loaded from there."""
     if hasattr(model.config, "_model_name_or_path"):
-        del model.config._model_name_or_path  # the name that the file gives itself: no place to load from
+        del model.config._model_name_or_path  # what the file calls itself
     model.config._name_or_path = ""

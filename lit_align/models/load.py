@@ -87,9 +87,7 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         # The second name is the one that transformers before 5.18 knows.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    if source.lora is not None:
-        model = add_adapters(model, source.lora, kind)
-    return model.train()
+    return (model if source.lora is None else add_adapters(model, source.lora, kind)).train()
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:

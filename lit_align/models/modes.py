@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -22,9 +24,10 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         _zero(module)
-    if hasattr(model, "config"):
+    config: Any = getattr(model, "config", None)
+    if config is not None:
         # Some architectures (Falcon, Persimmon) read their configuration anew in every forward.
-        settings = dropout_settings(model) | _zero(model.config.get_text_config())
+        settings = dropout_settings(model) | _zero(config.get_text_config())
         setattr(_base(model), REMEMBERED, settings)
 
 
@@ -46,7 +49,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _zero(owner: object) -> dict[str, float]:

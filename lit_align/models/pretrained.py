@@ -77,6 +77,7 @@ def refuse_missing(missing: set[str], source: ModelSource, name: str = "model") 
 
 def _from_pretrained(auto_class: Any, source: ModelSource, **extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     folder, gguf_file = source.location
+    assert folder is not None, "validate() was called"
     options = {"revision": source.revision or "main", "trust_remote_code": source.trust_remote_code, **extra}
     options |= gguf_options(gguf_file) if gguf_file else {}
     with quiet_loading(), nullcontext() if gguf_file else _head_in_float32(auto_class, folder, options):
@@ -88,13 +89,13 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **extra: Any) -> tupl
     return model, report
 
 
-def _head_in_float32(auto_class: Any, folder: str | None, options: dict[str, Any]) -> AbstractContextManager[None]:
+def _head_in_float32(auto_class: Any, folder: str, options: dict[str, Any]) -> AbstractContextManager[None]:
     if auto_class is not AutoModelForSequenceClassification:
         return nullcontext()
     config = AutoConfig.from_pretrained(
         folder, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
     )
-    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    classes: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     return head_in_float32(classes[type(config)]) if type(config) in classes else nullcontext()
 
 
@@ -111,7 +112,8 @@ def _read_adapter(auto_class: Any, source: ModelSource, name: str, **extra: Any)
             install_head(base, fresh=False)  # in float32 before the adapter's head is written into it
         return base
 
-    model = merge_adapter_folder(str(source.path), load_base)
-    if HEAD in (PeftConfig.from_pretrained(source.path).modules_to_save or ()):
+    folder = str(source.path)
+    model = merge_adapter_folder(folder, load_base)
+    if HEAD in (PeftConfig.from_pretrained(folder).modules_to_save or ()):
         missing = {key for key in missing if not key.startswith(f"{HEAD}.")}
     return model, missing

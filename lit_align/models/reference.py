@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,10 +17,12 @@ from lit_align.models.load import load_causal_lm
 from lit_align.models.modes import disable_dropout, evaluating
 from lit_align.models.source import ModelSource
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 def make_reference(
-    policy: nn.Module, policy_source: ModelSource, reference_source: ModelSource | None = None
-) -> PreTrainedModel | None:
+    policy: PreTrainedModel | PeftModel, policy_source: ModelSource, reference_source: ModelSource | None = None
+) -> PreTrainedModel | PeftModel | None:
     """The frozen reference of a policy that was built just now.
 
     A reference of its own is always read from where it lives, never copied out of a policy in memory, which may
@@ -44,7 +47,7 @@ def make_reference(
     return freeze(load_causal_lm(policy_source.frozen(), "policy"))
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: Network) -> Network:
     """Evaluation mode, no gradients, no dropout even if somebody calls `train()` on it."""
     disable_dropout(model)
     return model.eval().requires_grad_(False)

@@ -80,6 +80,6 @@ def align_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if pad_token_id >= config.vocab_size:
         model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
         with torch.no_grad():
-            model.get_input_embeddings().weight[pad_token_id].zero_()  # never attended to
+            model.get_input_embeddings().get_parameter("weight")[pad_token_id].zero_()  # never attended to
         model.config._name_or_path = ""  # what lies there has one token less
     config.pad_token_id = pad_token_id

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_align.models.gguf import set_special_tokens
 from lit_align.models.source import ModelSource
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -31,6 +33,8 @@ def load_tokenizer(source: ModelSource, name: str = "model") -> PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=source.trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name}.tokenizer: cannot load a tokenizer from {location!r}: {first_line(error)}") from error
+    if gguf_file and (Path(str(location)) / gguf_file).is_file():
+        set_special_tokens(tokenizer, Path(str(location)) / gguf_file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = next(_free_tokens(tokenizer), tokenizer.eos_token)
     return tokenizer
@@ -52,7 +56,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     exchange = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        text = tokenizer.apply_chat_template(exchange, tokenize=False)
+        text = str(tokenizer.apply_chat_template(exchange, tokenize=False))
     except TemplateError:
         return None
     ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -121,7 +123,13 @@ def test_a_folded_adapter_is_weight_plus_scaled_product(tiny_model: Path, tmp_pa
     ("load", "auto", "extra"),
     [
         (load_causal_lm, AutoModelForCausalLM, {}),
-        (load_scalar_model, AutoModelForSequenceClassification, {"num_labels": 1}),
+        pytest.param(
+            *(load_scalar_model, AutoModelForSequenceClassification, {"num_labels": 1}),
+            marks=pytest.mark.xfail(
+                Version(transformers.__version__) < Version("5.23"),
+                reason="transformers 5.17 loses the head of an adapter that it loads; the export refuses to write it",
+            ),
+        ),
     ],
     ids=["policy", "reward_model"],
 )
@@ -178,6 +186,7 @@ def test_plain_transformers_reads_the_score_at_the_final_end_of_turn(
     export_module(model, tokenizer, tmp_path / "hf")
 
     end = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end, "the live tokenizer is in use"
     rows = [[5, 6, 7, end], [8, 9, end, 10, 11, end]]
     with torch.no_grad():
         hidden = [model.eval().base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
@@ -192,9 +201,11 @@ def test_the_folder_speaks_as_training_did(tiny_model: Path, tmp_path: Path) -> 
     model, tokenizer = load_causal_lm(source), load_tokenizer(source)
     disable_dropout(model)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_start|>")
+    tokenizer.pad_token = "!"
     export_module(model, tokenizer, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert "packed" not in json.dumps(config)
+    assert config["pad_token_id"] == tokenizer.pad_token_id == 0
     assert config["use_cache"] and config["attn_pdrop"] == 0.2 and config["architectures"] == ["GPT2LMHeadModel"]
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")]
@@ -244,6 +255,8 @@ def test_a_start_from_scratch_is_rebuilt_from_its_checkpoint_without_drawing_any
     rebuilt = rebuild(*checkpoint, "policy")
     assert torch.equal(torch.get_rng_state(), generator)
     torch.testing.assert_close(outputs(rebuilt), outputs(model), rtol=0, atol=0)
+    tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, rebuilt)]
+    assert tied == [config["model_type"] == "gpt2"] * 2
 
 
 def test_a_bfloat16_model_is_exported_bit_by_bit(tiny_model: Path, tmp_path: Path) -> None:

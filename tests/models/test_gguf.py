@@ -47,13 +47,14 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def write_vocabulary(writer: GGUFWriter, tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab", "cd"]
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
@@ -62,7 +63,7 @@ def write_vocabulary(writer: GGUFWriter, tokenizer_folder: Path) -> None:
 @pytest.fixture(scope="module")
 def written(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A Llama in 8-bit blocks, and the weights that the blocks stand for."""
-    size = len(AutoTokenizer.from_pretrained(tiny_model)) + 1  # and the merge
+    size = len(AutoTokenizer.from_pretrained(tiny_model)) + 2  # and the merges
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=size, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = HEADS, KEY_HEADS, WIDTH // HEADS
@@ -118,7 +119,9 @@ def test_folder_and_file_name_say_the_same_as_the_path(written: tuple) -> None:
     source = ModelSource(path=str(path.parent), gguf_file=path.name, dtype="bfloat16", lora=LoraSettings(r=2))
     model = load_causal_lm(source)
     assert model.get_base_model().dtype == torch.bfloat16
-    assert load_tokenizer(source).chat_template
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.chat_template
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
 def test_it_is_saved_as_an_ordinary_folder(written: tuple, tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def test_the_base_under_adapters_keeps_its_fingerprint_through_training(load: ob
     before = base_fingerprint(model)
     train_somehow(model)
     assert base_fingerprint(model) == before
+    if load is load_scalar_model:
+        nn.init.normal_(model.get_base_model().score.original_module.weight)
+        assert base_fingerprint(model) == before, "a head that is trained anew is no part of the base"
     with torch.no_grad():
         model.get_base_model().model.norm.weight[0] += 1e-6
     assert base_fingerprint(model) != before
