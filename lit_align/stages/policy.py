@@ -37,7 +37,7 @@ class PolicyStage(Stage):
 
     def __init__(self, policy: ModelSource, optimizer: OptimizerCallable, lr_scheduler: SchedulerCallable) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.policy_source = policy
+        self.policy_source = policy.validate("policy")
         self.policy = None
         self.sampling = Sampling()
 

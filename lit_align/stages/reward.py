@@ -44,7 +44,7 @@ class LitReward(Stage):
         lr_scheduler: SchedulerCallable = default_scheduler,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.reward_model_source, self.center_coef = reward_model, center_coef
+        self.reward_model_source, self.center_coef = reward_model.validate("reward_model"), center_coef
         self.reward_model = None
 
     def sources(self) -> dict[str, ModelSource]:

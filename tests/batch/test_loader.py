@@ -16,8 +16,7 @@ def collate(examples, plan):
 
 def loader(**options):
     settings = {"batch_size": 4, "micro_batches": 2, "seed": 3} | options
-    return PlannedLoader(
-        NUMBERS, collate, lengths=np.arange(1, 24), trained_weights=np.ones(23), **settings)
+    return PlannedLoader(NUMBERS, collate, lengths=np.arange(1, 24), trained_weights=np.ones(23), **settings)
 
 
 def members(batches):

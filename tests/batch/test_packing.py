@@ -30,8 +30,12 @@ def test_a_pair_hangs_from_its_prompt_in_one_row():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1]]
     assert batch.segments == (
-        Segment(0, 3), Segment(3, 5, 0, 3), Segment(5, 8, 0, 3),
-        Segment(8, 9), Segment(9, 10, 8, 9), Segment(10, 11, 8, 9),
+        Segment(0, 3),
+        Segment(3, 5, 0, 3),
+        Segment(5, 8, 0, 3),
+        Segment(8, 9),
+        Segment(9, 10, 8, 9),
+        Segment(10, 11, 8, 9),
     )
     assert batch.scored.targets.tolist() == [4, 5, 6, 8, 10, 11]
     assert batch.scored.sources.tolist() == [2, 3, 2, 6, 8, 8]
@@ -48,7 +52,10 @@ def test_a_pair_hangs_from_its_prompt_in_one_row():
 def test_the_same_pair_padded_repeats_its_prompt():
     batch = pad(PAIRS, [12, 3], TOTALS, pad_token_id=99)
     assert batch.input_ids.tolist() == [
-        [1, 2, 3, 4, 5, 99], [1, 2, 3, 6, 7, 8], [9, 10, 99, 99, 99, 99], [9, 11, 99, 99, 99, 99],
+        [1, 2, 3, 4, 5, 99],
+        [1, 2, 3, 6, 7, 8],
+        [9, 10, 99, 99, 99, 99],
+        [9, 11, 99, 99, 99, 99],
     ]
     assert batch.attention_mask.tolist() == [[1] * 5 + [0], [1] * 6, [1, 1] + [0] * 4, [1, 1] + [0] * 4]
     assert batch.scored.sources.tolist() == [2, 3, 8, 10, 12, 18]
@@ -97,7 +104,9 @@ def forests(draw):
         prefix = torch.arange(draw(st.integers(0, 4)))
         sizes = [draw(st.integers(1, 5)) for _ in range(branches)]
         weights = [torch.tensor([draw(st.sampled_from([0.0, 1.0, 2.5])) for _ in range(n)]) for n in sizes]
-        examples.append(Example(prefix, tuple(Branch(torch.arange(10, 10 + n), w) for n, w in zip(sizes, weights, strict=True))))
+        examples.append(
+            Example(prefix, tuple(Branch(torch.arange(10, 10 + n), w) for n, w in zip(sizes, weights, strict=True)))
+        )
     return examples
 
 
@@ -111,10 +120,14 @@ def test_every_layout_scores_the_same_tokens_from_the_token_before(examples):
             start = len(e.prefix_ids)
             want += [
                 (whole[start + t], whole[start + t - 1], float(b.weights[t]))
-                for t in range(len(b.input_ids)) if b.weights[t] > 0 and start + t > 0
+                for t in range(len(b.input_ids))
+                if b.weights[t] > 0 and start + t > 0
             ]
-    for batch in (pack(examples, range(len(examples)), TOTALS), pad(examples, range(len(examples)), TOTALS),
-                  pad(examples, range(len(examples)), TOTALS, padding_side="left")):
+    for batch in (
+        pack(examples, range(len(examples)), TOTALS),
+        pad(examples, range(len(examples)), TOTALS),
+        pad(examples, range(len(examples)), TOTALS, padding_side="left"),
+    ):
         flat, s = batch.input_ids.flatten(), batch.scored
         got = list(zip(s.targets.tolist(), flat[s.sources].tolist(), s.weights.tolist(), strict=True))
         assert got == want

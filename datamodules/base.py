@@ -1,0 +1,267 @@
+"""What the four data modules share: sources, tokenizer, cache, held-out data, loaders with an exact cursor."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.examples import Collate, Examples, Layout
+from datamodules.formats import resolve
+from datamodules.overlong import Overlong
+from datamodules.report import DataReport, SplitReport
+from datamodules.rows import Rows
+from datamodules.splitting import check_fraction, hold_out
+from datamodules.store import Encoder, OnError, Tokenised, tokenise
+from lit_align.batch import PlannedLoader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SourceSpec = dict[str, Any] | list[Any] | str | None
+SPLITS = ("train", "validation", "test", "predict")
+
+
+class AlignDataModule(LightningDataModule):
+    """Reads, checks and tokenises data, and loads it by the step plan.
+
+    Args:
+        train: Where the training data is: a file (txt, json, jsonl, parquet), a folder, a glob, the id of a
+            `datasets` dataset, an object {"path", "name", "split", "revision", "data_files"} as
+            `datasets.load_dataset` takes them, or a list of these.
+        validation: The same for held-out data, or a fraction between 0 and 1 to split off the training data by
+            prompt, so that no prompt is on both sides.
+        test: The same for `test`.
+        predict: The same for `predict`.
+        tokenizer: Folder, id or GGUF file of the tokenizer. The command line takes the model's if this is left out.
+        batch_size: Examples of an optimizer step, over all ranks and micro-batches together: `devices` and
+            `accumulate_grad_batches` split this number, they do not multiply it.
+        eval_batch_size: Examples of a step in validation, test and predict, over all ranks; default `batch_size`.
+        max_length: Token budget of an example (prompt and response together).
+        on_error: Faulty records: "raise" = stop and name them with file, line and field; "skip" = leave them out,
+            counted by reason in the report.
+        overlong: Examples above `max_length`: "raise" = stop; "drop" = leave them out; "truncate" = keep the end of
+            the prompt and the start of the response. Counted in the report.
+        seed: Of the order of examples and of the held-out fraction.
+        num_workers: Processes that prepare micro-batches while the model trains; 0 = the training process itself.
+        num_proc: Processes that tokenise.
+        layout: "packed" = one row without padding, prefixes shared; "padded" = a rectangle with one row a sequence.
+        padding_side: Side of the padding of the padded layout, "right" or "left".
+        cache_dir: Where tokenised data is kept; default $LIT_ALIGN_CACHE, else ~/.cache/lit_align.
+
+    Attributes:
+        report: What became of the records, split by split; filled by `setup`.
+        datasets: The examples, split by split; filled by `setup`.
+    """
+
+    def __init__(
+        self,
+        train: SourceSpec = None,
+        validation: float | SourceSpec = None,
+        test: SourceSpec = None,
+        predict: SourceSpec = None,
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 1024,
+        on_error: OnError = "raise",
+        overlong: Overlong = "raise",
+        seed: int = 0,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        layout: Layout = "packed",
+        padding_side: Literal["left", "right"] = "right",
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self._held_out: float | None = None
+        if isinstance(validation, (int, float)):
+            check_fraction(validation)
+            self._held_out = float(validation)
+        _at_least("batch_size", batch_size, 1)
+        _at_least("max_length", max_length, 2)
+        _one_of("on_error", on_error, ("raise", "skip"))
+        _one_of("overlong", overlong, ("raise", "drop", "truncate"))
+        _one_of("layout", layout, ("packed", "padded"))
+        _one_of("padding_side", padding_side, ("left", "right"))
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.max_length, self.on_error, self.overlong = max_length, on_error, overlong
+        self.seed, self.num_workers, self.num_proc, self.cache_dir = seed, num_workers, num_proc, cache_dir
+        self.layout, self.padding_side = layout, padding_side
+        self._tokenizer_source: Any = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._prepared: dict[str, Tokenised] = {}
+        self._keys: dict[str, str] = {}
+        self._train_loader: PlannedLoader | None = None
+        self._cursor = {"epoch": 0, "seen": 0}
+        self.report = DataReport()
+        self.datasets: dict[str, Examples] = {}
+
+    def encoder(self) -> Encoder:
+        """What makes rows from records; each data module has its own."""
+        raise NotImplementedError
+
+    def examples(self, rows: Rows, chosen: np.ndarray) -> Examples:
+        """The examples in the chosen rows."""
+        raise NotImplementedError
+
+    def collate(self) -> Any:
+        """What makes a batch from examples and their plan."""
+        token = self.tokenizer.pad_token_id
+        return Collate(self.layout, self.padding_side, token if token is not None else 0)
+
+    def split(self, rows: Rows, fraction: float) -> tuple[Examples, Examples, str]:
+        """Training and held-out examples, and in words how they were split."""
+        held_out = hold_out(rows.numbers("key"), fraction, self.seed)
+        note = f"{fraction:g} of the prompts of the training data, chosen with seed {self.seed}"
+        return self.examples(rows, np.flatnonzero(~held_out)), self.examples(rows, np.flatnonzero(held_out)), note
+
+    def warnings(self) -> list[str]:
+        """What a user should know about the data that was set up: prompts that training and held-out data share."""
+        if self._held_out is not None or "train" not in self.datasets:
+            return []
+        train, texts = self.datasets["train"].rows.numbers("key"), []
+        for split in ("validation", "test"):
+            if split in self.datasets:
+                shared = len(np.intersect1d(train, self.datasets[split].rows.numbers("key")))
+                texts += [f"{shared} prompts of the {split} data stand in the training data too"] * (shared > 0)
+        return texts
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded at first use; with a ChatML template if it has none."""
+        if self._tokenizer is None:
+            from datamodules.tokenizer import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self._tokenizer_source, type(self).__name__)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenises what is not in the cache yet; Lightning calls it on one process of a node."""
+        trainer = self.trainer
+        stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
+        self._prepared = {split: self._tokenise(split) for split in self._needed(stage)}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the tokenised data, splits off held-out data and reports what became of the records."""
+        self.report, self.datasets, self._keys = DataReport(), {}, {}
+        self._train_loader, self._cursor = None, {"epoch": 0, "seen": 0}
+        for split in self._needed(stage):
+            done = self._prepared.pop(split, None) or self._tokenise(split)
+            self._keys[split] = done.key
+            if split == "train" and self._held_out is not None:
+                train, held_out, note = self.split(done.rows, self._held_out)
+                self._add("train", train, done.report)
+                self._add("validation", held_out, SplitReport(cached=done.report.cached, note=note))
+            else:
+                self._add(split, self.examples(done.rows, np.arange(len(done.rows))), done.report)
+        self.report.warnings = self.warnings()
+        rank_zero_info(str(self.report))
+
+    def fingerprint(self) -> str:
+        """A digest of everything that the examples and their order depend on (data, tokenizer, settings, seed)."""
+        parts = [*sorted(self._keys.items()), self.seed, self.batch_size, self._held_out]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def train_dataloader(self) -> Iterable:
+        """Micro-batches of this rank in the order of the step plan."""
+        return self.train_loader()
+
+    def train_loader(self) -> PlannedLoader:
+        """The loader of the training data, at the cursor."""
+        cursor = self.state_dict()
+        loader = self.loader("train", shuffle=True)
+        if any(cursor.values()):
+            loader.load_state_dict(cursor)
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> Iterable:
+        """Validation batches in file order; nothing if there is no validation data."""
+        if "validation" in self.datasets:
+            return self.loader("validation")
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is our intention
+        return []
+
+    def test_dataloader(self) -> Iterable:
+        """Test batches in file order."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Iterable:
+        """Batches to predict, in file order."""
+        return self.loader("predict")
+
+    def loader(self, split: str, *, shuffle: bool = False) -> PlannedLoader:
+        """A loader of one split for this rank; only "train" accumulates micro-batches."""
+        if split not in self.datasets:
+            raise ValueError(f"{type(self).__name__}: no {split} data; give data.{split} = a file, a folder or an id")
+        trainer, dataset = self.trainer, self.datasets[split]
+        return PlannedLoader(
+            dataset,
+            self.collate(),
+            lengths=dataset.lengths,
+            trained_weights=dataset.trained_weights,
+            batch_size=self.batch_size if split == "train" else self.eval_batch_size,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+            micro_batches=self.micro_batches() if split == "train" else 1,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
+
+    def micro_batches(self) -> int:
+        """Micro-batches that a rank accumulates for a training step."""
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor of the training data: epoch, and micro-batches of it already handed out."""
+        return dict(self._cursor) if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Puts the cursor back, in the loader too if it is there already (some strategies restore late)."""
+        self._cursor = {"epoch": int(state_dict["epoch"]), "seen": int(state_dict["seen"])}
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(self._cursor)
+
+    def _needed(self, stage: str | None) -> list[str]:
+        """The sources to read for a stage; held-out data comes with the training data."""
+        wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+        splits = wanted.get(stage or "", SPLITS if stage is None else (stage,))
+        if self._held_out is not None and "validation" in splits:
+            splits = tuple(dict.fromkeys("train" if split == "validation" else split for split in splits))
+        if stage == "fit" and self.sources["train"] is None:
+            raise ValueError(f"{type(self).__name__}: no training data; give data.train = a file, a folder or an id")
+        return [split for split in splits if self.sources[split] is not None]
+
+    def _tokenise(self, split: str) -> Tokenised:
+        return tokenise(
+            resolve(self.sources[split]),
+            self.encoder(),
+            self.tokenizer,
+            on_error=self.on_error,
+            cache_dir=self.cache_dir,
+            num_proc=self.num_proc,
+            name=split,
+        )
+
+    def _add(self, split: str, examples: Examples, report: SplitReport) -> None:
+        report.examples, report.tokens = len(examples), int(examples.lengths.sum())
+        report.trained = float(examples.trained_weights.sum())
+        self.datasets[split], self.report.splits[split] = examples, report
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

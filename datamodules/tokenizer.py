@@ -1,0 +1,48 @@
+"""Loading a tokenizer, with errors that say what to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(source: Any, owner: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, an id or a GGUF file; a tokenizer object is handed back as it is.
+
+    Args:
+        source: What was configured.
+        owner: Who asks, for the error message.
+
+    Raises:
+        ValueError: Nothing was configured, or it cannot be loaded, or it is no fast tokenizer.
+    """
+    if source is None:
+        raise ValueError(
+            f"{owner}: no tokenizer; give data.tokenizer = a folder or an id "
+            "(the command line takes the model's when the model has a path)"
+        )
+    tokenizer = source if hasattr(source, "apply_chat_template") else _from_path(str(source))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {str(source)!r}: a fast tokenizer (tokenizer.json) is needed, for labels are found by offsets"
+        )
+    return tokenizer
+
+
+def _from_path(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    path = Path(source).expanduser()
+    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    place = str(path.parent) if options else str(path) if path.exists() else source
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"tokenizer {source!r}: it cannot be loaded; expected a folder with a tokenizer.json, a GGUF file or the "
+            f"id of a model ({first})"
+        ) from error

@@ -1,0 +1,33 @@
+"""The trained model as a Hugging Face folder, where the next stage finds its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_align.runs import EXPORT
+
+
+class ExportHF(Callback):
+    """Writes the stage's main network and its tokenizer to `hf/` in the run folder when training ends.
+
+    The main network is the first that the stage's `trained` names; a module without it is left alone.
+
+    Args:
+        merge_lora: Write whole weights with the adapters folded in; false writes the adapters alone.
+    """
+
+    def __init__(self, merge_lora: bool = True) -> None:
+        super().__init__()
+        self.merge_lora = merge_lora
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder."""
+        role = next(iter(getattr(pl_module, "trained", ())), None)
+        if role is None or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        from lit_align.models.export import export_module
+
+        folder = Path(trainer.default_root_dir) / EXPORT
+        export_module(getattr(pl_module, role), pl_module.tokenizer, folder, self.merge_lora)

@@ -1,0 +1,108 @@
+"""The run folder's record: the whole configuration at the start, what was achieved at the end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+import lit_align
+
+VERSIONS_OF = ("torch", "lightning", "transformers", "peft", "datasets")
+
+
+class SaveRun(SaveConfigCallback):
+    """Writes `config.yaml` at the start and `results.json` at the end of a run, into `trainer.default_root_dir`.
+
+    For validate, test and predict the files are `<command>.yaml` and `<command>.json`, so that they can go into the
+    folder of the run that they look at. W&B gets the configuration too.
+
+    Metrics are those that Lightning holds at the end, and whatever another callback has in a dictionary `results`.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        # Lightning's own way writes to the logger's directory, and fails there on the second run.
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+        self._started = time.perf_counter()
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the configuration; Lightning calls this on rank 0."""
+        text = self.parser.dump(self.config, skip_unset=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = "".join(f"# {name} {number}\n" for name, number in versions().items())
+        name = "config" if stage == "fit" else stage
+        (folder / f"{name}.yaml").write_text(header + text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _to_wandb(logger, text)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock: models are built, data are there."""
+        self._started = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `results.json`."""
+        self._write(trainer, pl_module, "results")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of the validate command."""
+        if trainer.state.fn == "validate":
+            self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `validate.json`, when that is the command."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `test.json`."""
+        self._write(trainer, pl_module, "test")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            metrics |= getattr(callback, "results", {})
+        results = {
+            "stage": getattr(pl_module, "name", type(pl_module).__name__),
+            "metrics": dict(sorted(metrics.items())),
+            "seconds": round(time.perf_counter() - self._started, 2),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "versions": versions(),
+        }
+        path = Path(trainer.default_root_dir) / f"{name}.json"
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"run folder: {path.parent}")
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on."""
+    found = {"lit_align": lit_align.__version__, "python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # installed in another way than by a package; nothing depends on this
+    return found
+
+
+def _to_wandb(logger: WandbLogger, text: str) -> None:
+    run = logger.experiment
+    run.config.update(yaml.safe_load(text), allow_val_change=True)
+    # Uploaded with the run. W&B keeps a config.yaml of its own, hence the name.
+    (Path(run.dir) / "lit_config.yaml").write_text(text, encoding="utf-8")

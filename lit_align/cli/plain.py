@@ -1,0 +1,69 @@
+"""Commands that are plain typed functions: `pipeline` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli, auto_parser
+
+from lit_align import runs
+from lit_align.cli.errors import explain, message_for_user
+from lit_align.pipeline import pipeline
+
+
+def export(checkpoint: Path, out: Path, role: str | None = None, merge_lora: bool = True) -> None:
+    """Turns what was trained into a Hugging Face folder that plain transformers loads.
+
+    Args:
+        checkpoint: A .ckpt file, a run folder (its newest checkpoint), or a .gguf file (it is dequantised).
+        out: The folder to write.
+        role: Which network of the checkpoint: policy, reward_model or critic; by default the one that the stage trains.
+        merge_lora: Fold adapters into their base; false writes the adapter alone.
+    """
+    if not checkpoint.exists():
+        raise ValueError(f"checkpoint: there is no {checkpoint}; expected a .ckpt, a run folder or a .gguf file")
+    if checkpoint.suffix == ".gguf":
+        _export_gguf(checkpoint, out)
+    else:
+        from lit_align.models.export import export as export_checkpoint
+
+        whole_run = checkpoint.is_dir() and (checkpoint / runs.CHECKPOINTS).is_dir()
+        found = runs.last_checkpoint(checkpoint) if whole_run else checkpoint
+        export_checkpoint(str(found), str(out), role, merge_lora)
+    print(f"wrote {out}")
+
+
+def _export_gguf(file: Path, out: Path) -> None:
+    from lit_align.models.export import export_module
+    from lit_align.models.load import load_causal_lm
+    from lit_align.models.source import ModelSource
+    from lit_align.models.tokens import load_tokenizer
+
+    source = ModelSource(path=str(file))
+    export_module(load_causal_lm(source), load_tokenizer(source), out)
+
+
+COMMANDS = {"pipeline": pipeline, "export": export}
+
+
+def run(args: Sequence[str]) -> int:
+    """Runs one command; see `lit_align.__main__.main` for the exit status."""
+    name, rest = args[0], list(args[1:])
+    settings = {"as_positional": False, "prog": f"lit-align {name}", "exit_on_error": False}
+    try:
+        status = auto_cli(COMMANDS[name], args=rest, **settings)
+    except ArgumentError as error:
+        parser = auto_parser(COMMANDS[name], **settings)
+        options = parser.get_defaults(skip_validation=True).keys()
+        print(explain(error, rest, options, ()).text(rest), file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        message = message_for_user(error, ("lit_align",))
+        if message is None:
+            raise
+        print(f"lit-align: {message}", file=sys.stderr)
+        return 1
+    return status or 0

@@ -1,0 +1,116 @@
+"""Run folders: `runs/<stage>/<time>/`, and finding checkpoints in them. Paths only, nothing heavy."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+RUNS = "runs"
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+EXPORT = "hf"
+# Set by the process that the user started, read by the ranks that it starts.
+VARIABLE = "LIT_ALIGN_RUN_DIR"
+
+
+def choose_run_dir(root: str | Path, name: str) -> Path:
+    """A folder of its own for a new run: `<root>/<name>/<time or job id>`, made by this call.
+
+    Ranks that this process starts are told by the environment; ranks that torchrun or SLURM start share the job's id.
+    """
+    if _rank() > 0 and (told := os.environ.get(VARIABLE)):
+        return Path(told)
+    parent, job = Path(root) / name, _job_id()
+    if job is not None:
+        return _announced(parent / job)
+    stem = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if _rank() > 0:
+        return parent / stem  # never written to: what ranks write together goes where rank 0 says
+    for n in count():
+        folder = parent / (f"{stem}-{n}" if n else stem)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return _announced(folder)
+    raise AssertionError("count() does not end")
+
+
+def given_run_dir(folder: str | Path) -> Path:
+    """The folder that the user named, made if it is not there."""
+    return _announced(Path(folder))
+
+
+def link_latest(run_dir: Path) -> None:
+    """Points `latest`, beside the run folder, at it."""
+    if _rank() > 0:
+        return
+    link = run_dir.parent / LATEST
+    # A link of another name moved over the old one: no moment without a link, and two runs cannot collide.
+    fresh = run_dir.parent / f".{LATEST}-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(run_dir.name)
+    fresh.replace(link)
+
+
+def latest_run(root: str | Path, stage: str) -> Path:
+    """The newest training run of a stage.
+
+    Raises:
+        ValueError: There is none.
+    """
+    link = Path(root) / stage / LATEST
+    if not link.exists():
+        raise ValueError(f"ckpt_path last: there is no run of stage {stage} ({link} does not exist); give run_dir")
+    return link.parent / os.readlink(link) if link.is_symlink() else link
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        ValueError: There is none.
+    """
+    folder = run_dir / CHECKPOINTS
+    found = [path for path in folder.glob("*.ckpt") if not path.is_symlink() and _is_whole(path)]
+    if not found:
+        raise ValueError(f"no checkpoint: {folder} holds no *.ckpt; the run ended before it saved one")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _is_whole(path: Path) -> bool:
+    # A sharded checkpoint is a folder; these two files are written last.
+    return path.is_file() or all((path / name).is_file() for name in (".metadata", "meta.pt"))
+
+
+def _announced(folder: Path) -> Path:
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[VARIABLE] = str(folder)
+    return folder
+
+
+def _rank() -> int:
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((int(rank) for rank in ranks if rank is not None), 0)
+
+
+def _job_id() -> str | None:
+    """What the ranks of a job that torchrun or SLURM started have in common; None for a process on its own."""
+    tasks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+    if int(tasks) == 1:
+        return None
+    if (run := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":  # "none": torchrun without --rdzv_id
+        return run
+    if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+        return f"{job}.{os.environ.get('SLURM_STEP_ID', '0')}"
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Renames a file of an earlier part of the run, so that a resumed run does not write over it."""
+    if _rank() == 0 and path.exists():
+        taken = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(1))
+        path.rename(next(name for name in taken if not name.exists()))
