@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The console script does not have the working directory on its path, `python -m` does; plugins may live there.
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    from lit_align.cli.noise import quieten
+
+    quieten()  # before the imports, for some of it is made while libraries are imported
     # Lightning is imported only where it is needed: it takes seconds.
     if args[0] in TRAINING:
-        from lit_align.cli.noise import quieten
-
-        quieten()  # some of it is made while libraries are imported
         from lit_align.cli.training import run
     else:
         from lit_align.cli.plain import run

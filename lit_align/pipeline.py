@@ -45,8 +45,8 @@ class Step:
 
     def command(self, run_dir: Path, seed: int) -> list[str]:
         """What trains it."""
-        settings = {option: str(run_dir / name / runs.EXPORT) for option, name in self.start.items()}
-        settings = {**self.overrides, **settings, "seed_everything": seed, "run_dir": str(run_dir / self.name)}
+        starts = {option: str(run_dir / name / runs.EXPORT) for option, name in self.start.items()}
+        settings = {**self.overrides, **starts, "seed_everything": seed, "run_dir": str(run_dir / self.name)}
         configs = [part for file in self.configs for part in ("--config", file)]
         options = [f"--{option}={_written(value)}" for option, value in settings.items()]
         return [sys.executable, "-m", "lit_align", "fit", *configs, *QUIET, *options]

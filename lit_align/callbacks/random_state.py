@@ -48,7 +48,7 @@ class RandomState(Callback):
 def random_state() -> dict[str, Any]:
     """State of this process's generators, as tensors, numbers and lists."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": [version, list(numbers), gauss],

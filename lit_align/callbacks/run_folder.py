@@ -81,10 +81,10 @@ class SaveRun(SaveConfigCallback):
             "stage": getattr(pl_module, "name", type(pl_module).__name__),
             "metrics": dict(sorted(metrics.items())),
             "seconds": round(time.perf_counter() - self._started, 2),
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
             "versions": versions(),
         }
+        if trainer.state.fn == "fit":
+            results |= {"steps": trainer.global_step, "epochs": trainer.current_epoch}
         path = Path(trainer.default_root_dir) / f"{name}.json"
         path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"run folder: {path.parent}")

@@ -15,20 +15,22 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
 from lit_align.batch import PromptBatch
-from lit_align.rollout.sampling import Sampling
+from lit_align.rollout.sampling import Answer, Sampling
 
 RIGHT = "val/judged_right"
 KL = "val/kl_to_reference"
-COLUMNS = ("step", "prompt", "answer", "right")
+COLUMNS = ("step", "prompt", "answer", "finished", "right")
 
 
 class JudgeAnswers(Callback):
     """Lets the policy answer held-out prompts at the end of training, and after every so many validations.
 
     Answers go to `samples.jsonl` in the run folder (and to W&B as a table); with a judge the share of right ones is
-    logged as `val/judged_right`. If the stage has a method `kl_to_reference(batch, sampling)` (for each prompt, log
-    policy - log reference in nats of an answer sampled from the policy; None without a reference), its mean is logged
-    as `val/kl_to_reference`. Training is not disturbed: its random numbers are put back.
+    logged as `val/judged_right` (an answer that was cut off at `max_new_tokens` is wrong). The stage has a `tokenizer`
+    and a method `answer(prompt_ids, sampling)` that gives an `Answer` for each prompt. If it has a
+    method `kl_to_reference(batch, sampling)` (for each prompt, log policy - log reference in nats of an answer sampled
+    from the policy; None without a reference), its mean is logged as `val/kl_to_reference`. Training is not disturbed:
+    its random numbers are put back.
 
     Args:
         prompts: Data module whose `predict_dataloader` yields `PromptBatch`es.
@@ -108,7 +110,7 @@ class JudgeAnswers(Callback):
         for start in range(0, len(batches), world):
             own = start + rank < len(batches)
             batch = batches[start + rank if own else start].to(pl_module.device)
-            answers = pl_module.generate_answers(batch, self.sampling)
+            answers = pl_module.answer(batch.prompt_ids, self.sampling)
             kl = self._kl(batch, pl_module)
             if own:
                 yield from self._judged(batch, answers, kl, trainer.global_step, pl_module)
@@ -121,13 +123,16 @@ class JudgeAnswers(Callback):
         return [None] * len(batch) if values is None else list(values)
 
     def _judged(
-        self, batch: PromptBatch, answers: list[str], kl: list[float | None], step: int, pl_module: LightningModule
+        self, batch: PromptBatch, answers: list[Answer], kl: list[float | None], step: int, pl_module: LightningModule
     ) -> Iterator[dict[str, Any]]:
+        decode = pl_module.tokenizer.decode
         rows = zip(batch.indices.tolist(), batch.prompt_ids, batch.records, answers, kl, strict=True)
-        for index, ids, record, answer, nats in rows:
-            prompt = pl_module.tokenizer.decode(ids)
-            right = None if self.judge is None else bool(self.judge(record, answer))
-            yield {"step": step, "index": index, "prompt": prompt, "answer": answer, "right": right, "kl": nats}
+        for index, prompt_ids, record, answer, nats in rows:
+            text = decode(answer.input_ids, skip_special_tokens=True)
+            # What was cut off may look right, and it is not: the policy did not know where to stop.
+            right = None if self.judge is None else answer.finished and bool(self.judge(record, text))
+            row = {"step": step, "index": index, "prompt": decode(prompt_ids), "answer": text}
+            yield row | {"finished": answer.finished, "right": right, "kl": nats}
 
     def _batches(self) -> Iterator[PromptBatch]:
         left = self.max_prompts

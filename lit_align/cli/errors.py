@@ -206,11 +206,9 @@ def message_for_user(error: BaseException, packages: Iterable[str]) -> str | Non
     On purpose: a `ValueError` or `FileNotFoundError` that a `raise` statement of one of `packages` threw, or
     Lightning's `MisconfigurationException`. A ValueError out of a built-in or another library is a bug.
     """
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     tops = set(packages)
     for one in _chain(error):
-        if isinstance(one, MisconfigurationException):
+        if type(one).__name__ == "MisconfigurationException":  # by name: plain commands do without Lightning
             return str(one)
         if isinstance(one, (ValueError, FileNotFoundError)) and _raised_in(one, tops):
             return str(one)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli, auto_parser
 
@@ -46,15 +47,15 @@ def _export_gguf(file: Path, out: Path) -> None:
     export_module(load_causal_lm(source), load_tokenizer(source), out)
 
 
-COMMANDS = {"pipeline": pipeline, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"pipeline": pipeline, "export": export}
 
 
 def run(args: Sequence[str]) -> int:
     """Runs one command; see `lit_align.__main__.main` for the exit status."""
     name, rest = args[0], list(args[1:])
-    settings = {"as_positional": False, "prog": f"lit-align {name}", "exit_on_error": False}
+    settings: dict[str, Any] = {"as_positional": False, "prog": f"lit-align {name}", "exit_on_error": False}
     try:
-        status = auto_cli(COMMANDS[name], args=rest, **settings)
+        auto_cli(COMMANDS[name], args=rest, **settings)
     except ArgumentError as error:
         parser = auto_parser(COMMANDS[name], **settings)
         options = parser.get_defaults(skip_validation=True).keys()
@@ -66,4 +67,4 @@ def run(args: Sequence[str]) -> int:
             raise
         print(f"lit-align: {message}", file=sys.stderr)
         return 1
-    return status or 0
+    return 0

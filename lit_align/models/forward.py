@@ -35,7 +35,9 @@ def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)
 
 
-def token_stats(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> TokenStats:
+def token_stats(
+    model: nn.Module, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
+) -> TokenStats:
     """Log-probability, entropy and rank-1 flag of each scored token, N rows in float32.
 
     A micro-batch without scored tokens gives empty rows that still reach every parameter in backward, so that
@@ -46,7 +48,8 @@ def token_stats(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -
         reached = [hidden, *base_model(model).get_output_embeddings().parameters()]
         nothing = torch.stack([tensor.float().sum() for tensor in reached])[:0]
         return TokenStats(nothing, nothing, nothing.detach())
-    return head_stats(base_model(model), hidden[batch.scored.sources], batch.scored.targets, temperature)
+    sources, targets = batch.scored.sources, batch.scored.targets
+    return head_stats(base_model(model), hidden[sources], targets, temperature, entropy_gradient)
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:

@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities of given tokens, without keeping [tokens, vocabulary] logits.
 
-The vocabulary projection runs over chunks of rows; the backward pass computes each chunk again. All of it is in
-float32, whatever the weights are: bfloat16 logits are too coarse for KL divergences and ratios.
+The vocabulary projection runs over chunks of rows; where there are many, the backward pass computes each chunk again
+instead of keeping it. All of it is in float32, whatever the weights are: bfloat16 logits are too coarse for KL
+divergences and ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 CHUNK_ROWS = 1024
+KEPT_LOGITS = 2**23
+"""So many logits (32 MiB) are kept for the backward pass rather than computed again."""
 
 
 class TokenStats(NamedTuple):
@@ -21,7 +24,7 @@ class TokenStats(NamedTuple):
 
     Attributes:
         logps: log p(target), in nats; differentiable.
-        entropy: Entropy of the whole distribution, in nats; differentiable.
+        entropy: Entropy of the whole distribution, in nats; differentiable if that was asked for.
         correct: 1.0 where the target is the most probable token, else 0.0; no gradient.
     """
 
@@ -31,7 +34,12 @@ class TokenStats(NamedTuple):
 
 
 def head_stats(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk_rows: int = CHUNK_ROWS
+    model: PreTrainedModel,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> TokenStats:
     """Scores `targets` under softmax(logits / temperature).
 
@@ -40,25 +48,33 @@ def head_stats(
         hidden: Hidden states that predict the targets, [N, H].
         targets: Token ids, int64 [N].
         temperature: Divides the logits; the same as in sampling.
-        chunk_rows: Rows of logits held at a time.
+        entropy_gradient: Whether the entropy is differentiable too.
+        chunk_rows: Rows of logits computed at a time.
 
     Returns:
         One row per target.
     """
-    chunks = [
-        checkpoint(_chunk, model, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
-    ]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    arguments = (model, temperature, entropy_gradient)
+    chunks = []
+    for part, wanted in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
+        if len(hidden) * vocabulary > KEPT_LOGITS and torch.is_grad_enabled():
+            chunks.append(checkpoint(_chunk, part, wanted, *arguments, use_reentrant=False))
+        else:
+            chunks.append(_chunk(part, wanted, *arguments))
     return TokenStats(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
 
-def _chunk(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    logits = head_logits(model, hidden) / temperature
-    log_normaliser = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    expected = (torch.softmax(logits, -1) * logits).sum(-1)
-    correct = (logits.detach().argmax(-1) == targets).float()
-    return chosen - log_normaliser, log_normaliser - expected, correct
+def _chunk(
+    hidden: Tensor, targets: Tensor, model: PreTrainedModel, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, ...]:
+    logps = torch.log_softmax(head_logits(model, hidden) / temperature, -1)  # [rows, V]
+    chosen = logps.gather(-1, targets[:, None])[:, 0]
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        distribution = logps if entropy_gradient else logps.detach()
+        entropy = -(distribution.exp() * distribution).sum(-1)
+    correct = (logps.detach().argmax(-1) == targets).float()
+    return chosen, entropy, correct
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

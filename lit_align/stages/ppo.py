@@ -148,7 +148,8 @@ class LitPPO(ReferencedStage):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """Clipped policy and value loss of the micro-batch's tokens, as their share of the step's mean."""
         old = batch.tokens
-        stats = token_stats(self.policy, batch, self.sampling.temperature)  # [N]
+        entropy_bonus = self.ppo.entropy_coef != 0
+        stats = token_stats(self.policy, batch, self.sampling.temperature, entropy_gradient=entropy_bonus)  # [N]
         policy = clipped_policy_loss(
             stats.logps,
             _column(old, "old_logps", stats.logps),

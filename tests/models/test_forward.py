@@ -6,6 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lit_align.batch import Branch, Example, StepTotals, pack, pad
 from lit_align.models import (
+    forward,
+    head,
     hidden_states,
     scalar_at_ends,
     scalar_at_sources,
@@ -157,17 +159,32 @@ def test_temperature_divides_the_logits(pairs):
     assert torch.equal(stats.correct.bool(), logits.argmax(-1) == batch.scored.targets)
 
 
-def test_chunks_of_the_head_change_nothing(pairs, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["computed again", "kept"])
+def test_chunks_of_the_head_change_nothing(pairs, monkeypatch, kept):
     model, batch = tiny("llama_tied"), pack(pairs, range(3), TOTALS)
-    whole = token_logps(model, batch)
-    want = gradients(model, whole.square().sum())
-    from lit_align.models import forward, head
 
+    def both(stats):
+        return (stats.logps.square() + 0.3 * stats.entropy.square()).sum()
+
+    whole = token_stats(model, batch, entropy_gradient=True)
+    want = gradients(model, both(whole))
+    monkeypatch.setattr(head, "KEPT_LOGITS", kept)
     monkeypatch.setattr(forward, "head_stats", lambda *a: head.head_stats(*a, chunk_rows=3))
-    chunked = token_logps(model, batch)
-    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
-    for name, grad in gradients(model, chunked.square().sum()).items():
+    chunked = token_stats(model, batch, entropy_gradient=True)
+    torch.testing.assert_close(chunked.logps, whole.logps, rtol=0, atol=1e-6)
+    for name, grad in gradients(model, both(chunked)).items():
         torch.testing.assert_close(grad, want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_entropy_has_a_gradient_only_when_asked_for(pairs):
+    model, batch = tiny("llama"), pack(pairs, range(3), TOTALS)
+    assert not token_stats(model, batch).entropy.requires_grad
+    stats = token_stats(model, batch, entropy_gradient=True)
+    hidden = hidden_states(model, batch)[batch.scored.sources]
+    plain = torch.distributions.Categorical(logits=model.lm_head(hidden)).entropy()
+    want = gradients(model, plain.sum())
+    for name, grad in gradients(model, stats.entropy.sum()).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_micro_batch_without_scored_tokens_reaches_every_parameter_with_zeros():

@@ -1,0 +1,45 @@
+# Everything here needs Python 3.11 or newer and nothing else; `setup` runs by itself when it is needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SMOLLM := models/smollm2-135m-instruct
+# Tests are many and small: one thread for each of them, as many at once as there are cores.
+TEST_WORKERS ?= auto
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint smollm clean
+
+help:
+	@echo "make demo    the whole road on the embedded corpus, PT to PPO, and a table of what each stage achieved"
+	@echo "make test    all tests"
+	@echo "make lint    ruff"
+	@echo "make smollm  fetch a real 135M instruct model into $(SMOLLM)"
+	@echo "make setup   only install, into $(VENV)"
+	@echo "make clean   remove caches and builds; runs, models and $(VENV) stay"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt -e .[test]
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m lit_align pipeline --config configs/pipeline.yaml
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+smollm: $(SMOLLM)/config.json
+
+$(SMOLLM)/config.json: | $(STAMP)
+	$(BIN)/python -m lit_align.models.smollm --out $(SMOLLM)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find lit_align datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +
