@@ -1,4 +1,4 @@
-"""Makes the committed files of the demo: `python -m datamodules.demo corpus`, then `tokenizer`."""
+"""Makes the committed files of the demo: `python -m datamodules.demo corpus`, `tokenizer`, `assets`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datamodules.demo.corpus import corpus
+from datamodules.demo.start import write_assets
 from datamodules.demo.tokenizer import save_tokenizer, texts_of, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -28,10 +29,10 @@ def write_tokenizer(out: Path, seed: int) -> None:
     print(f"{out}: {len(tokenizer)} entries")
 
 
-# A further command (one that makes the start models, say) is a further line here.
 COMMANDS: dict[str, tuple[Callable[[Path, int], None], Path]] = {
     "corpus": (write_corpus, HERE / "corpus"),
     "tokenizer": (write_tokenizer, HERE / "tokenizer"),
+    "assets": (write_assets, HERE / "assets"),
 }
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (run, out) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__)
         command.add_argument("--out", type=Path, default=out, help="folder to write to (default: %(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="of the corpus (default: %(default)s)")
+        command.add_argument("--seed", type=int, default=0, help="of corpus or training (default: %(default)s)")
     options = parser.parse_args(arguments)
     run, _ = COMMANDS[options.command]
     run(options.out, options.seed)

@@ -15,8 +15,8 @@ NUM_ARTICLES = {"train": 17, "heldout": 1}
 
 SIZES: dict[str, dict[Split, int]] = {
     "sft": {"train": 1000, "heldout": 100},
-    "preference": {"train": 1500, "heldout": 200},
-    "queries": {"train": 600, "heldout": 240},
+    "preference": {"train": 1500, "heldout": 240},
+    "queries": {"train": 600, "heldout": 400},
 }
 CARELESS_SHARE = 0.5
 """Part of the conversations in which the answer is careless, as in real forum data."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_align.models.source import LoraSettings
 
+# peft is imported where adapters are really used: it takes seconds, and most starts do without.
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ADAPTER_CONFIG = "adapter_config.json"
-TASKS = {"causal": TaskType.CAUSAL_LM, "scalar": TaskType.SEQ_CLS}
+TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> PeftModel:
@@ -26,6 +28,8 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> P
         settings: Rank, scale, where.
         kind: "causal" or "scalar"; a scalar model's head is new, so it is trained whole and saved with the adapters.
     """
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r and asks no more of it
@@ -42,6 +46,18 @@ def is_adapter_folder(path: str | None) -> bool:
     return path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").exists()
 
 
+def modules_saved_whole(folder: str) -> list[str]:
+    """Names of the modules that an adapter folder holds whole, beside its low-rank updates."""
+    from peft import PeftConfig
+
+    return list(PeftConfig.from_pretrained(folder).modules_to_save or ())
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether the module is a layer with an adapter on it."""
+    return hasattr(module, "base_layer") and hasattr(module, "merge")
+
+
 def merge_adapter_folder(folder: str, load_base: Callable[[str, str | None], PreTrainedModel]) -> PreTrainedModel:
     """Loads an adapter with its base and folds the one into the other.
 
@@ -52,6 +68,8 @@ def merge_adapter_folder(folder: str, load_base: Callable[[str, str | None], Pre
     Returns:
         A plain model, all of its weights trainable.
     """
+    from peft import PeftConfig, PeftModel
+
     settings = PeftConfig.from_pretrained(folder)
     if not settings.base_model_name_or_path:
         raise ValueError(f"{folder}/{ADAPTER_CONFIG}: base_model_name_or_path is missing, so the base is not known")
@@ -83,12 +101,12 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
 
 def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
+        if is_tuner_layer(module) or hasattr(module, "modules_to_save"):
             yield name, module
 
 
 def _folded(layer: Any) -> dict[str, Tensor]:
-    if not isinstance(layer, BaseTunerLayer):
+    if not is_tuner_layer(layer):
         return dict(layer.modules_to_save[layer.active_adapter].state_dict())
     layer = deepcopy(layer)  # one layer at a time: the copy costs the memory of one matrix, not of the model
     layer.merge(safe_merge=True)

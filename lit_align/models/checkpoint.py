@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,9 +25,12 @@ from transformers.initialization import no_init_weights
 from lit_align.models.adapters import plain_name
 from lit_align.models.fingerprint import base_fingerprint
 from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
-from lit_align.models.modes import dropout_settings
+from lit_align.models.modes import dropout_settings, has_adapters
 from lit_align.models.scalar import HEAD, install_head
 from lit_align.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ENTRY = "lit_align"
 AUTO = {"causal": AutoModelForCausalLM, "scalar": AutoModelForSequenceClassification}
@@ -126,7 +128,7 @@ def plain_config(model: Any) -> PreTrainedConfig:
 
 def is_scalar(model: nn.Module) -> bool:
     """Whether the model ends in a scalar head rather than in a vocabulary."""
-    return hasattr(model.get_base_model() if isinstance(model, PeftModel) else model, HEAD)
+    return hasattr(model.get_base_model() if has_adapters(model) else model, HEAD)
 
 
 def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.adapters import ADAPTER_CONFIG, merged_state
 from lit_align.models.checkpoint import AUTO, is_scalar, plain_config, read_checkpoint, rebuild, restore_tokenizer
 from lit_align.models.folder import whole_folder
-from lit_align.models.modes import evaluating
+from lit_align.models.modes import evaluating, has_adapters
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.tokens import end_of_turn_id, separate_pad_token
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of outputs, relative to their scale, where the same weights are read back to the same device."""
@@ -66,7 +68,7 @@ def export_module(
     if is_scalar(module):
         separate_pad_token(tokenizer)
     with whole_folder(Path(out)) as folder:
-        if isinstance(module, PeftModel) and not merge_lora:
+        if has_adapters(module) and not merge_lora:
             _write_adapter(module, tokenizer, folder)
         else:
             _write_model(module, tokenizer, folder)
@@ -87,7 +89,7 @@ def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     inputs = _small_batch(module, tokenizer)
     expected, got = _outputs(module, inputs), _outputs(read_back, inputs)
     difference = float((expected - got).abs().max() / _scale(read_back, expected))
-    rounded = isinstance(module, PeftModel) or module.device.type != "cpu"
+    rounded = has_adapters(module) or module.device.type != "cpu"
     tolerance = TOLERANCES[dtype] * (ROUNDED if rounded else 1)
     if not difference <= tolerance:  # written so that NaN fails
         raise ValueError(
@@ -99,7 +101,7 @@ def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
 def _write_model(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model: Any = module
     state = None
-    if isinstance(module, PeftModel):
+    if has_adapters(module):
         model, state = module.get_base_model(), merged_state(module)
     with quiet_loading():
         model.save_pretrained(folder, state_dict=state)

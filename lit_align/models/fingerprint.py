@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from lit_align.models.adapters import plain_name
+from lit_align.models.modes import has_adapters
 
 TRAINED_WHOLE = ".original_module."
 """Marks peft's idle copy of a module that is trained whole."""
@@ -33,7 +33,7 @@ def base_fingerprint(model: nn.Module) -> str:
     It equals `fingerprint` of the plain model that the adapters were put on. A head that is trained along with
     the adapters is no part of the base.
     """
-    if not isinstance(model, PeftModel):
+    if not has_adapters(model):
         return fingerprint(model)
     named = ((name, p) for name, p in model.named_parameters() if TRAINED_WHOLE not in name)
     return _digest((plain, p) for name, p in named if (plain := plain_name(name)))

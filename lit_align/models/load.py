@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from logging import getLogger
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_align.models.adapters import add_adapters
@@ -14,6 +14,9 @@ from lit_align.models.scalar import HEAD, align_padding, install_head
 from lit_align.models.scratch import fresh_config
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = getLogger(__name__)
 

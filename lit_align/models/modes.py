@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 REMEMBERED = "_dropout_settings"
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model is peft's wrapper around a frozen one; asked without importing peft, which takes seconds."""
+    return hasattr(model, "peft_config")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -49,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if has_adapters(model) else model
 
 
 def _zero(owner: object) -> dict[str, float]:

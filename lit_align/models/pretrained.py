@@ -7,8 +7,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -16,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lit_align.models.adapters import is_adapter_folder, merge_adapter_folder
+from lit_align.models.adapters import is_adapter_folder, is_tuner_layer, merge_adapter_folder, modules_saved_whole
 from lit_align.models.gguf import forget_gguf, gguf_options
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.scalar import HEAD, head_in_float32, install_head
@@ -55,7 +53,7 @@ def read_pretrained(
     except (OSError, ValueError) as error:
         where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
         raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if any(is_tuner_layer(module) for module in model.modules()):
         raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
     for key, stored, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
@@ -114,6 +112,6 @@ def _read_adapter(auto_class: Any, source: ModelSource, name: str, **extra: Any)
 
     folder = str(source.path)
     model = merge_adapter_folder(folder, load_base)
-    if HEAD in (PeftConfig.from_pretrained(folder).modules_to_save or ()):
+    if HEAD in (modules_saved_whole(folder)):
         missing = {key for key in missing if not key.startswith(f"{HEAD}.")}
     return model, missing

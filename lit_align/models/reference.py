@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from lit_align.models.fingerprint import base_fingerprint, fingerprint
 from lit_align.models.load import load_causal_lm
-from lit_align.models.modes import disable_dropout, evaluating
+from lit_align.models.modes import disable_dropout, evaluating, has_adapters
 from lit_align.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -40,7 +42,7 @@ def make_reference(
     """
     if reference_source is not None:
         return freeze(load_causal_lm(reference_source.frozen(), "reference"))
-    if isinstance(policy, PeftModel):
+    if has_adapters(policy):
         return None
     if policy_source.config is not None:
         return freeze(deepcopy(policy))
@@ -60,7 +62,7 @@ def reference_mode(policy: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: When the policy has no adapters: it would be compared with itself.
     """
-    if not isinstance(policy, PeftModel):
+    if not has_adapters(policy):
         raise ValueError(
             f"expected a policy with adapters; got {type(policy).__name__}. Without adapters the reference is a model "
             "of its own: make_reference builds it."

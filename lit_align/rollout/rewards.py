@@ -7,6 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.rollout.sampling import Answer
+
 RewardCallable = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 
 
@@ -41,3 +47,20 @@ class RewardFunction:
             if not math.isfinite(score):
                 raise ValueError(f"reward function {self.name}: expected a finite number, got {score} for {answer!r}")
         return [self.weight * score for score in scores]
+
+
+def function_scores(
+    functions: Sequence[RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Tensor],
+    answers: Sequence[Answer],
+    records: list[dict[str, Any]],
+) -> Tensor:
+    """Sum of the functions' weighted scores, float32 [S]; prompts, answers and records are S each."""
+    scores = torch.zeros(len(answers))
+    if functions:
+        prompts = [tokenizer.decode(ids) for ids in prompt_ids]
+        texts = [tokenizer.decode(answer.input_ids, skip_special_tokens=True) for answer in answers]
+        for function in functions:
+            scores += torch.tensor(function(prompts, texts, records))
+    return scores

@@ -15,8 +15,9 @@ from lit_align.models import sequence_lengths, sequence_sums, token_logps, token
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import make_reference
 from lit_align.models.source import ModelSource
+from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import ReferencedStage, reference_policy
-from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
+from lit_align.stages.stage import SchedulerCallable
 
 
 class LitDPO(ReferencedStage):
@@ -55,8 +56,8 @@ class LitDPO(ReferencedStage):
         loss: PreferenceLoss = Sigmoid(beta=0.1),  # noqa: B008 (frozen, and jsonargparse shows it)
         reference: ModelSource | None = None,
         rpo_alpha: float | None = None,
-        optimizer: OptimizerCallable = default_optimizer,
-        lr_scheduler: SchedulerCallable = default_scheduler,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
         self.loss, self.reference_source, self.rpo_alpha = loss, reference, rpo_alpha

@@ -19,7 +19,7 @@ from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import freeze, make_reference
 from lit_align.models.source import ModelSource
-from lit_align.rollout.advantages import AdaptiveKL, FixedKL, explained_variance
+from lit_align.rollout.advantages import explained_variance
 from lit_align.rollout.estimators import GAE, AdvantageEstimator
 from lit_align.rollout.experience import (
     Trajectory,
@@ -30,12 +30,13 @@ from lit_align.rollout.experience import (
     with_tokens,
 )
 from lit_align.rollout.loader import RolloutLoader
-from lit_align.rollout.rewards import RewardFunction
+from lit_align.rollout.rewards import RewardFunction, function_scores
 from lit_align.rollout.sampling import Answer, Sampling
 from lit_align.rollout.scoring import answer_logps, answer_rewards, answer_values, micro_batches
+from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.ppo_settings import PPOSettings
-from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
+from lit_align.stages.stage import SchedulerCallable
 
 
 class LitPPO(ReferencedStage):
@@ -89,26 +90,20 @@ class LitPPO(ReferencedStage):
         estimator: AdvantageEstimator = GAE(),  # noqa: B008 (frozen)
         ppo: PPOSettings = PPOSettings(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = default_optimizer,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         critic_lr: float | None = None,
-        lr_scheduler: SchedulerCallable = default_scheduler,
+        lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
         if reward_model is None and not reward_functions:
             raise ValueError("nothing rewards the answers: set reward_model or reward_functions")
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature: PPO needs samples, expected > 0, got 0")
-        if ppo.num_answers < estimator.min_answers:
-            raise ValueError(
-                f"ppo.num_answers: {type(estimator).__name__} compares answers to one prompt and needs at least "
-                f"{estimator.min_answers}, got {ppo.num_answers}"
-            )
+        ppo.check_answers(estimator)
         self.reward_model_source, self.reward_functions = reward_model, tuple(reward_functions)
         self.critic_source, self.reference_source = critic or reward_model or policy, reference
         self.estimator, self.ppo, self.sampling, self.critic_lr = estimator, ppo, sampling, critic_lr
-        self.kl = FixedKL(ppo.kl_coef)
-        if ppo.target_kl is not None:
-            self.kl = AdaptiveKL(ppo.kl_coef, ppo.target_kl, ppo.kl_horizon)
+        self.kl = ppo.kl_controller()
         self.reward_model = self.critic = None
         self.rollout_metrics: dict[str, float] = {}
 
@@ -148,8 +143,7 @@ class LitPPO(ReferencedStage):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """Clipped policy and value loss of the micro-batch's tokens, as their share of the step's mean."""
         old = batch.tokens
-        entropy_bonus = self.ppo.entropy_coef != 0
-        stats = token_stats(self.policy, batch, self.sampling.temperature, entropy_gradient=entropy_bonus)  # [N]
+        stats = token_stats(self.policy, batch, self.sampling.temperature, self.ppo.entropy_coef != 0)  # [N]
         policy = clipped_policy_loss(
             stats.logps,
             _column(old, "old_logps", stats.logps),
@@ -236,12 +230,9 @@ class LitPPO(ReferencedStage):
         scores = torch.zeros(len(flat))
         if self.reward_model is not None:
             scores += answer_rewards(self.reward_model, packed)
-        if self.reward_functions:
-            asked = [text for ids in prompts for text in [self.tokenizer.decode(ids)] * n]
-            texts = [self.tokenizer.decode(a.input_ids, skip_special_tokens=True) for a in flat]
-            repeated = [record for record in records for _ in range(n)]
-            for function in self.reward_functions:
-                scores += torch.tensor(function(asked, texts, repeated))
+        asked = [ids for ids in prompts for _ in range(n)]
+        repeated = [record for record in records for _ in range(n)]
+        scores += function_scores(self.reward_functions, self.tokenizer, asked, flat, repeated)
         scores -= self.ppo.missing_eos_penalty * torch.tensor([float(not a.finished) for a in flat])
         limit = self.ppo.reward_clip
         return scores if limit is None else scores.clamp(-limit, limit)
@@ -254,8 +245,7 @@ class LitPPO(ReferencedStage):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
-        held = self._trajectories([batch])
-        rollout = as_rollout(held)
+        rollout = as_rollout(self._trajectories([batch]))
         count = len(rollout.scores)
         self.record(
             reward=(rollout.scores.sum(), count),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_align.rollout.advantages import AdaptiveKL, FixedKL
+from lit_align.rollout.estimators import AdvantageEstimator
+
 
 @dataclass(frozen=True)
 class PPOSettings:
@@ -44,3 +47,17 @@ class PPOSettings:
     missing_eos_penalty: float = 1.0
     reward_clip: float | None = 10.0
     scoring_batch_size: int = 16
+
+    def kl_controller(self) -> AdaptiveKL | FixedKL:
+        """Fixed, or adaptive if there is a target."""
+        if self.target_kl is None:
+            return FixedKL(self.kl_coef)
+        return AdaptiveKL(self.kl_coef, self.target_kl, self.kl_horizon)
+
+    def check_answers(self, estimator: AdvantageEstimator) -> None:
+        """Refuses fewer answers per prompt than the estimator compares."""
+        if self.num_answers < estimator.min_answers:
+            raise ValueError(
+                f"ppo.num_answers: {type(estimator).__name__} compares answers to one prompt and needs at least "
+                f"{estimator.min_answers}, got {self.num_answers}"
+            )

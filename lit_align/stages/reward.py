@@ -14,7 +14,8 @@ from lit_align.models import scalar_at_ends
 from lit_align.models.load import load_scalar_model, load_tokenizer
 from lit_align.models.modes import disable_dropout
 from lit_align.models.source import ModelSource
-from lit_align.stages.stage import SchedulerCallable, Stage, default_optimizer, default_scheduler
+from lit_align.stages.optim import WarmupCosine
+from lit_align.stages.stage import SchedulerCallable, Stage
 
 
 class LitReward(Stage):
@@ -40,8 +41,8 @@ class LitReward(Stage):
         self,
         reward_model: ModelSource,
         center_coef: float = 0.0,
-        optimizer: OptimizerCallable = default_optimizer,
-        lr_scheduler: SchedulerCallable = default_scheduler,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.reward_model_source, self.center_coef = reward_model.validate("reward_model"), center_coef

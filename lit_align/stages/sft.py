@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -11,8 +12,9 @@ from lit_align.batch import MicroBatch
 from lit_align.losses import weighted_nll
 from lit_align.models import token_stats
 from lit_align.models.source import ModelSource
+from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import PolicyStage
-from lit_align.stages.stage import SchedulerCallable, default_optimizer, default_scheduler
+from lit_align.stages.stage import SchedulerCallable
 
 
 class LitSFT(PolicyStage):
@@ -33,8 +35,8 @@ class LitSFT(PolicyStage):
     def __init__(
         self,
         policy: ModelSource,
-        optimizer: OptimizerCallable = default_optimizer,
-        lr_scheduler: SchedulerCallable = default_scheduler,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,21 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.models.checkpoint import ENTRY, checkpoint_entry
 from lit_align.models.fingerprint import base_fingerprint, fingerprint
+from lit_align.models.modes import has_adapters
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
-from lit_align.stages.optim import WarmupCosine
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
-
-
-def default_optimizer(parameters: Any) -> Optimizer:
-    """AdamW at 2e-5 without weight decay."""
-    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
-
-
-def default_scheduler(optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Warm-up and cosine decay."""
-    return WarmupCosine(optimizer, total_steps)
 
 
 class Stage(LightningModule):
@@ -167,6 +155,6 @@ class Stage(LightningModule):
         """Fingerprint of each frozen network and of each frozen base under adapters; computed once."""
         if not hasattr(self, "_fingerprints"):
             self._fingerprints = {name: fingerprint(net) for name, net in self.networks(self.frozen)}
-            adapted = ((n, net) for n, net in self.networks(self.trained) if isinstance(net, PeftModel))
+            adapted = ((n, net) for n, net in self.networks(self.trained) if has_adapters(net))
             self._fingerprints |= {f"{name}.base": base_fingerprint(net) for name, net in adapted}
         return self._fingerprints

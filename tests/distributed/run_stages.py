@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-import conftest as made  # noqa: E402
+import conftest as made
 
-from lit_align.models.source import ModelSource  # noqa: E402
-from lit_align.rollout.estimators import RLOO  # noqa: E402
-from lit_align.rollout.rewards import RewardFunction  # noqa: E402
-from lit_align.rollout.sampling import Sampling  # noqa: E402
-from lit_align.stages import LitDPO, LitPPO, LitPretrain, LitReward, LitSFT, PPOSettings  # noqa: E402
+from lit_align.models.source import ModelSource
+from lit_align.rollout.estimators import RLOO
+from lit_align.rollout.rewards import RewardFunction
+from lit_align.rollout.sampling import Sampling
+from lit_align.stages import LitDPO, LitPPO, LitPretrain, LitReward, LitSFT, PPOSettings
 
 STAGES = {"pt": LitPretrain, "sft": LitSFT, "rm": LitReward, "dpo": LitDPO, "ppo": LitPPO}
 
