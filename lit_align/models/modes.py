@@ -14,7 +14,7 @@ REMEMBERED = "_dropout_settings"
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether the model is peft's wrapper around a frozen one; asked without importing peft, which takes seconds."""
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")
 
 
 def disable_dropout(model: nn.Module) -> None:
