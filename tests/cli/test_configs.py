@@ -99,3 +99,28 @@ def test_it_runs_for_a_step_and_exports_what_it_trained(path, tmp_path, monkeypa
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
     assert (tmp_path / "run" / "samples.jsonl").is_file() == judges
+
+
+RECORDS = {
+    "pt": "pretrain/fever.txt",
+    "sft": "sft/medical_sft.jsonl",
+    "rm": "preference/dpo_zh.jsonl",
+    "dpo": "preference/dpo_zh.jsonl",
+    "ppo": "prompts/medical_qa.jsonl",
+}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_for_a_step_on_real_records(path, tmp_path, monkeypatch, shared_data, tiny_model):
+    monkeypatch.chdir(REPOSITORY)
+    stage = path.stem.split("_")[1]
+    role = "reward_model" if stage == "rm" else "policy"
+    options = [
+        f"--model.{role}.path={tiny_model}",
+        f"--data.train={shared_data / RECORDS[stage]}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    assert main(["fit", "--config", str(path), *options, *SMALL]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 1
