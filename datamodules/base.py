@@ -232,6 +232,7 @@ class AlignDataModule(LightningDataModule):
 
     def _needed(self, stage: str | None) -> list[str]:
         """The sources to read for a stage; held-out data comes with the training data."""
+        stage = getattr(stage, "value", stage)  # Lightning hands over an enumeration
         wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         splits = wanted.get(stage or "", SPLITS if stage is None else (stage,))
         if self._held_out is not None and "validation" in splits:
