@@ -27,7 +27,7 @@ class PreferenceDataModule(AlignDataModule):
     Records have a prompt and two answers: {"system", "history", "question", "response_chosen", "response_rejected"};
     {"conversations", "chosen", "rejected"}; {"prompt", "chosen", "rejected"}; or {"chosen", "rejected"} alone, as
     whole conversations. Prompts are text or messages, answers are text, one message or a list of messages. Optional
-    numbers: "margin" (by how much the preferred answer should be better) and "weight" (of the pair).
+    numbers: "margin" (by how much the preferred answer should be better; for reward models) and "weight".
 
     `max_length` is the budget of the prompt together with the longer answer.
 

@@ -69,6 +69,14 @@ class JudgeAnswers(Callback):
         trainer.strategy.barrier()
         self.prompts.setup("predict")
 
+    def state_dict(self) -> dict[str, int]:
+        """How many validations there were, so that a resumed run answers at the same ones."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Puts the count back."""
+        self._validations = state_dict["validations"]
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answers and judges, when it is this validation's turn."""
         if trainer.sanity_checking:
@@ -89,7 +97,7 @@ class JudgeAnswers(Callback):
             logger.log_metrics(self.results, step=trainer.global_step)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with isolate_rng(), torch.no_grad():
+        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
             torch.manual_seed(self.seed)
             rows = self._gather(list(self._rows(trainer, pl_module)))
         self.results = {

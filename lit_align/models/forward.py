@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.batch import MicroBatch
+from lit_align.models.attention import PACKED
 from lit_align.models.head import TokenStats, head_stats
 
 
@@ -28,11 +29,22 @@ def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
     if batch.segments is None:
         layout = {"attention_mask": batch.attention_mask}
     else:
+        _check_packable(trunk)
         # A four-dimensional mask is taken for a finished one and handed through; without it transformers would
         # find the restarting positions and build a dense mask over the whole pack. "packed" never looks at it.
         layout = {"attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)), "segments": batch.segments}
     output = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
     return output.last_hidden_state.flatten(0, 1)
+
+
+def _check_packable(trunk: nn.Module) -> None:
+    attention = trunk.config._attn_implementation
+    if attention != PACKED:
+        # Any other attention would take the mask at its word: every token would see the whole pack, the future too.
+        raise ValueError(
+            f"{type(trunk).__name__} with attention {attention!r} cannot take packed batches; use `attention: packed` "
+            "where the architecture has it, else `layout: padded` in the data module (PPO needs packed batches)"
+        )
 
 
 def token_stats(

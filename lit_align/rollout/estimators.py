@@ -13,6 +13,7 @@ from lit_align.rollout.advantages import (
     broadcast_to_tokens,
     gae,
     grpo_advantages,
+    reinforce_advantages,
     rloo_advantages,
     shaped_rewards,
     whiten_advantages,
@@ -38,10 +39,12 @@ class AdvantageEstimator(ABC):
     Attributes:
         needs_critic: Whether the stage has to train a critic for it.
         min_answers: Least number of answers per prompt.
+        uses_kl_coef: Whether the KL penalty is part of the reward.
     """
 
     needs_critic: ClassVar[bool]
     min_answers: ClassVar[int]
+    uses_kl_coef: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, rollout: Rollout, kl_coef: float) -> Advantages:
@@ -95,6 +98,23 @@ class RLOO(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class Reinforce(AdvantageEstimator):
+    """No critic and no groups: an answer's reward, standardised over the whole rollout.
+
+    The reward of an answer is its score minus `kl_coef` times its summed k1.
+    """
+
+    needs_critic: ClassVar[bool] = False
+    min_answers: ClassVar[int] = 1
+
+    def __call__(self, rollout: Rollout, kl_coef: float) -> Advantages:
+        """The same advantage for all tokens of an answer."""
+        advantages = reinforce_advantages(rollout.scores - kl_coef * rollout.kl)
+        advantages = broadcast_to_tokens(advantages, rollout.response_mask)
+        return Advantages(advantages, advantages)
+
+
+@dataclass(frozen=True)
 class GRPO(AdvantageEstimator):
     """Group-relative advantage (arXiv:2402.03300, section 4.1.2): an answer's score, standardised in its group.
 
@@ -103,6 +123,7 @@ class GRPO(AdvantageEstimator):
 
     needs_critic: ClassVar[bool] = False
     min_answers: ClassVar[int] = 2
+    uses_kl_coef: ClassVar[bool] = False
 
     def __call__(self, rollout: Rollout, kl_coef: float) -> Advantages:
         """The same advantage for all tokens of an answer."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_align.batch import Branch, Example
+from lit_align.rollout.advantages import explained_variance
 from lit_align.rollout.sampling import Answer
 
 
@@ -97,8 +98,14 @@ def from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
     return sorted(trajectories, key=lambda t: t.index)
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """What is logged of a rollout, under the names that PPO users know; KL and entropy in nats per answer."""
+def rollout_metrics(rollout: Rollout, kl_coef: float, returns: Tensor | None = None) -> dict[str, float]:
+    """What is logged of a rollout, under the names that PPO users know; KL and entropy in nats per answer.
+
+    Args:
+        rollout: All of it.
+        kl_coef: Weight of the KL in the reward; 0 where it is not part of it.
+        returns: What the critic was to predict, float32 [S, R]; None without a critic.
+    """
     kl, scores = rollout.kl.mean(), rollout.scores.mean()
     finished = rollout.finished.float()
     metrics = {
@@ -113,6 +120,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response_length/mean": rollout.response_mask.sum(-1).float().mean(),
         "response_length/clip_ratio": 1 - finished.mean(),
     }
+    if returns is not None:
+        metrics["val/explained_variance"] = explained_variance(rollout.values, returns, rollout.response_mask)
     return {name: float(value) for name, value in metrics.items()}
 
 

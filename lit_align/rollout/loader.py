@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch, epoch_order, pack, plan_step
+
+
+def check_at_rollout_end(checkpoint: dict[str, Any]) -> None:
+    """Refuses a Lightning checkpoint from inside an epoch: its rollout is gone, and another one would be trained on.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress is not None and not progress["is_last_batch"]:
+        raise ValueError(
+            "this checkpoint was written in the middle of a rollout, which it does not hold; go on from one that was "
+            "written at the end of an epoch (ModelCheckpoint with every_n_epochs, the default)"
+        )
 
 
 class RolloutLoader:

@@ -14,6 +14,20 @@ from lit_align.models.modes import evaluating
 _TOTALS = StepTotals(1.0, 1.0)
 
 
+def check_vocabulary(policy: nn.Module, reward_model: nn.Module) -> None:
+    """Refuses a reward model that cannot read the policy's token ids.
+
+    Raises:
+        ValueError: Its vocabulary is smaller. (One more entry is its own padding.)
+    """
+    ours, theirs = policy.config.vocab_size, reward_model.config.vocab_size
+    if theirs not in (ours, ours + 1):
+        raise ValueError(
+            f"reward_model: it reads the policy's token ids, but its vocabulary has {theirs} entries and the "
+            f"policy's {ours}; use a reward model trained with the policy's tokenizer"
+        )
+
+
 def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[MicroBatch]:
     """The examples in their order, `batch_size` at a time, packed, on the device."""
     for start in range(0, len(examples), batch_size):

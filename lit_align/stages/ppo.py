@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
@@ -19,7 +19,6 @@ from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import freeze, make_reference
 from lit_align.models.source import ModelSource
-from lit_align.rollout.advantages import explained_variance
 from lit_align.rollout.estimators import GAE, AdvantageEstimator
 from lit_align.rollout.experience import (
     Trajectory,
@@ -29,10 +28,10 @@ from lit_align.rollout.experience import (
     rollout_metrics,
     with_tokens,
 )
-from lit_align.rollout.loader import RolloutLoader
+from lit_align.rollout.loader import RolloutLoader, check_at_rollout_end
 from lit_align.rollout.rewards import RewardFunction, function_scores
 from lit_align.rollout.sampling import Answer, Sampling
-from lit_align.rollout.scoring import answer_logps, answer_rewards, answer_values, micro_batches
+from lit_align.rollout.scoring import answer_logps, answer_rewards, answer_values, check_vocabulary, micro_batches
 from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.ppo_settings import PPOSettings
@@ -123,11 +122,13 @@ class LitPPO(ReferencedStage):
             disable_dropout(self.critic)
         if self.reward_model_source is not None:
             self.reward_model = freeze(load_scalar_model(self.reward_model_source.frozen(), "reward_model"))
-            self._check_vocabulary(self.reward_model)
+            check_vocabulary(self.policy, self.reward_model)
 
     def setup(self, stage: str) -> None:
         """Makes the prompts' data module yield experience instead of prompts."""
         if stage == "fit":
+            if self.global_rank > 0:  # else all ranks would draw with the same random numbers
+                torch.manual_seed(torch.initial_seed() + self.global_rank)
             self.trainer.datamodule.collector = self._rollout_loader
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -192,13 +193,13 @@ class LitPPO(ReferencedStage):
             The examples of the whole rollout, the same on every rank, each token with its old log-probability,
             reference log-probability, old value, advantage and return.
         """
-        trajectories = from_all_ranks(self._trajectories(prompts))
+        # The loader is iterated outside Lightning's autocast; old log-probabilities must be those of the update.
+        with self.trainer.precision_plugin.forward_context():
+            trajectories = from_all_ranks(self._trajectories(prompts))
         rollout = as_rollout(trajectories)
         advantages, returns = self.estimator(rollout, self.kl.coef)
-        self.rollout_metrics = rollout_metrics(rollout, self.kl.coef)
-        if self.critic is not None:
-            explained = explained_variance(rollout.values, returns, rollout.response_mask)
-            self.rollout_metrics["val/explained_variance"] = float(explained)
+        coef = self.kl.coef if self.estimator.uses_kl_coef else 0.0
+        self.rollout_metrics = rollout_metrics(rollout, coef, returns if self.estimator.needs_critic else None)
         self.kl.update(float(rollout.kl.mean()), len(rollout.scores))
         return with_tokens(trajectories, rollout, advantages=advantages, returns=returns)
 
@@ -245,6 +246,8 @@ class LitPPO(ReferencedStage):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
+        if len(batch) == 0:  # this rank has no share of the last, smaller batch
+            return
         rollout = as_rollout(self._trajectories([batch]))
         count = len(rollout.scores)
         self.record(
@@ -264,8 +267,9 @@ class LitPPO(ReferencedStage):
         checkpoint["lit_align"]["kl_coef"] = float(self.kl.coef)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the KL coefficient back."""
+        """Puts the KL coefficient back; a rollout that was only half used is not in the checkpoint."""
         super().on_load_checkpoint(checkpoint)
+        check_at_rollout_end(checkpoint)
         self.kl.coef = checkpoint["lit_align"]["kl_coef"]
 
     def _rollout_loader(self, prompts: PlannedLoader) -> RolloutLoader:
@@ -277,14 +281,6 @@ class LitPPO(ReferencedStage):
             micro_batches=self.trainer.accumulate_grad_batches,
             seed=prompts.seed,
         )
-
-    def _check_vocabulary(self, other: nn.Module) -> None:
-        ours, theirs = self.policy.config.vocab_size, other.config.vocab_size
-        if ours != theirs:
-            raise ValueError(
-                f"reward_model: it reads the policy's token ids, but its vocabulary has {theirs} entries and the "
-                f"policy's {ours}; use a reward model trained with the policy's tokenizer"
-            )
 
 
 def _sum(values: Tensor) -> tuple[Tensor, int]:

@@ -232,3 +232,9 @@ def test_generation_is_untouched_by_the_packed_attention():
     prompts = torch.randint(1, VOCABULARY, (2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(tiny("llama").generate(prompts, **options), tiny("llama", "sdpa").generate(prompts, **options))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_batches_under_another_attention_are_refused(attention, pairs):
+    with pytest.raises(ValueError, match="layout: padded"):
+        token_logps(tiny("llama", attention), pack(pairs, range(3), TOTALS))

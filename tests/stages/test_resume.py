@@ -81,3 +81,12 @@ def test_another_reference_is_refused(tiny_model, pairs, make_data, make_trainer
         make_trainer(max_epochs=2).fit(
             LitDPO(source, reference=reference), datamodule=make_data(pairs), ckpt_path=tmp_path / "one.ckpt"
         )
+
+
+def test_a_checkpoint_from_inside_a_rollout_is_refused(tiny_model, prompts, make_data, make_trainer, tmp_path):
+    source = ModelSource(path=str(tiny_model))
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=3)
+    run(LitPPO, source, make_data(prompts), make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saving]))
+    inside = next(tmp_path.glob("*step=3.ckpt"))
+    with pytest.raises(ValueError, match="in the middle of a rollout"):
+        run(LitPPO, source, make_data(prompts), make_trainer(max_epochs=3), checkpoint=str(inside))
