@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lit_align.models.modes import evaluating
+
 CHUNK_ROWS = 1024
 KEPT_LOGITS = 2**23
 """So many logits (32 MiB) are kept for the backward pass rather than computed again."""
@@ -97,3 +99,24 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compares `head_logits` with the model's own logits on four tokens, once, when a policy is built.
+
+    Raises:
+        ValueError: The architecture does something to its logits that `head_logits` does not know.
+    """
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with evaluating(model):
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        known = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    # The model's own head may work in bfloat16, which has 8 bits.
+    tolerance = 1e-4 if model.get_output_embeddings().weight.dtype == torch.float32 else 3e-2
+    difference = float((own - known).abs().max() / own.abs().max().clamp(min=1e-30))
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__} post-processes its logits in a way that is not known here (relative difference "
+            f"{difference:.2g}): its log-probabilities would be wrong"
+        )

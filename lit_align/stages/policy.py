@@ -10,7 +10,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_align.batch import MicroBatch, PromptBatch
-from lit_align.models import sequence_sums, token_logps
+from lit_align.models import base_model, sequence_sums, token_logps
+from lit_align.models.head import check_head
 from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.reference import reference_mode
 from lit_align.models.source import ModelSource
@@ -50,6 +51,7 @@ class PolicyStage(Stage):
         if self.policy is None:
             self.tokenizer = load_tokenizer(self.policy_source, "policy")
             self.policy = load_causal_lm(self.policy_source, "policy")
+            check_head(base_model(self.policy))
 
     @property
     def stop_ids(self) -> list[int]:

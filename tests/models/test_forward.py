@@ -238,3 +238,15 @@ def test_generation_is_untouched_by_the_packed_attention():
 def test_packed_batches_under_another_attention_are_refused(attention, pairs):
     with pytest.raises(ValueError, match="layout: padded"):
         token_logps(tiny("llama", attention), pack(pairs, range(3), TOTALS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_known_for_every_family_here(family):
+    head.check_head(tiny(family))
+
+
+def test_a_head_with_unknown_post_processing_is_refused(monkeypatch):
+    model = tiny("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    with pytest.raises(ValueError, match="post-processes its logits"):
+        head.check_head(model)
