@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from datamodules.demo.facts import ADVICE, AVOID, CONDITIONS, Language
+from datamodules.demo.facts import ADVICE, AVOID, CONDITIONS, LANGUAGES, Language
 from datamodules.demo.wording import COMPLETE_ANSWERS
 
 PART_CREDIT = 0.2
@@ -24,19 +25,22 @@ TERMS = {"condition": [c.name for c in CONDITIONS], "advice": ADVICE.values(), "
 FOREIGN: dict[Language, re.Pattern[str]] = {"en": re.compile(r"[\u4e00-\u9fff]"), "zh": re.compile(r"[A-Za-z]")}
 
 
-def judge(record: Mapping[str, str], answer: str) -> bool:
+def judge(record: Mapping[str, Any], answer: str) -> bool:
     """Whether the answer is right.
 
     Args:
         record: The question with its key.
         answer: What was generated, without the prompt; one end-of-turn token at its end is allowed. An answer that
             ran into the length limit has to be counted as wrong by the caller, who alone knows.
+
+    Raises:
+        ValueError: The record is no question record.
     """
-    frames = COMPLETE_ANSWERS[record["language"]]
+    frames = COMPLETE_ANSWERS[_language(record)]
     return _bare(answer) in {frame.format_map(record) for frame in frames}
 
 
-def reward(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, str]]) -> list[float]:
+def reward(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[float]:
     """One number in [0, 1] per response: 1 = right, `PART_CREDIT` for each right part of any other.
 
     A part earns its credit if it is said once, in its role (only what is to be avoided stands after "avoid"), and
@@ -50,16 +54,16 @@ def reward(prompts: Sequence[str], responses: Sequence[str], records: Sequence[M
     return [_grade(record, response) for record, response in zip(records, responses, strict=True)]
 
 
-def _grade(record: Mapping[str, str], response: str) -> float:
+def _grade(record: Mapping[str, Any], response: str) -> float:
     if judge(record, response):
         return 1.0
-    if FOREIGN[record["language"]].search(_bare(response)):
+    if FOREIGN[_language(record)].search(_bare(response)):
         return 0.0
     return PART_CREDIT * sum(_part_is_right(record, response, part) for part in TERMS)
 
 
-def _part_is_right(record: Mapping[str, str], response: str, part: str) -> bool:
-    language: Language = record["language"]
+def _part_is_right(record: Mapping[str, Any], response: str, part: str) -> bool:
+    language = _language(record)
     mentions = _mentions(response, [term[language] for term in TERMS[part]], language)
     if [term for term, _ in mentions] != [record[part]]:
         return False
@@ -72,6 +76,17 @@ def _mentions(text: str, terms: Sequence[str], language: Language) -> list[tuple
     either = "|".join(re.escape(term) for term in sorted(terms, key=len, reverse=True))
     pattern = rf"\b(?:{either})\b" if language == "en" else either
     return [(match.group(), match.start()) for match in re.finditer(pattern, text)]
+
+
+def _language(record: Mapping[str, Any]) -> Language:
+    missing = [field for field in ("language", *TERMS) if field not in record]
+    if missing or record["language"] not in LANGUAGES:
+        found = f"no {', '.join(missing)}" if missing else f"language {record['language']!r}"
+        raise ValueError(
+            f"question record: expected the fields language ({' or '.join(LANGUAGES)}), {', '.join(TERMS)}, "
+            f"got {found}; the demo's checker judges the demo's own queries"
+        )
+    return record["language"]
 
 
 def _bare(answer: str) -> str:

@@ -123,15 +123,19 @@ def _preamble(language: Language, rng: Random) -> tuple[str, list[list[str]]]:
 
 
 def _draw(split: Split, size: int, rng: Random) -> list[Question]:
-    """`size` questions, one in `CONDITION_ONE_IN` of them about a named condition; none twice as long as they last."""
-    num_condition = size // CONDITION_ONE_IN
-    drawn = _sample(questions(split, "condition"), num_condition, rng)
-    drawn += _sample(questions(split, "findings"), size - num_condition, rng)
+    """`size` questions, about one in `CONDITION_ONE_IN` of them naming its condition; held-out ones are distinct."""
+    named = questions(split, "condition")
+    num_named = size // CONDITION_ONE_IN
+    if split == "heldout":
+        num_named = min(num_named, len(named))
+    drawn = _sample(named, num_named, rng)
+    drawn += _sample(questions(split, "findings"), size - num_named, rng)
     rng.shuffle(drawn)
     return drawn
 
 
 def _sample(pool: list[Question], size: int, rng: Random) -> list[Question]:
+    """`size` questions; none comes again before all have come."""
     drawn: list[Question] = []
     while len(drawn) < size:
         drawn += rng.sample(pool, k=min(len(pool), size - len(drawn)))

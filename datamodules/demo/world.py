@@ -1,11 +1,9 @@
 """Questions and answers of the demo clinic, and which questions are held out.
 
-The split is by fact and wording, never by chance over lines:
-
-* Findings: one in three of a condition's telling pairs of findings is held out, in every wording, order and
-  language. Nobody asks about it in training; that the two findings belong to the condition is told in the
-  pre-training text.
-* Conditions: each condition is held out in one in three wordings, and each wording with one in three conditions.
+A question puts a fact in a wording. Facts are the telling pairs of findings (those that no other condition has), and
+the conditions themselves. Each fact is held out in one in three wordings, and each wording with one in three facts: a
+held-out question joins a fact and a wording that never meet in training (findings: in neither order), though each of
+them is met there with others. So what to answer can be learned, and the question as such is new.
 """
 
 from __future__ import annotations
@@ -112,9 +110,10 @@ def _mistaken(condition: Condition, kind: Careless, rng: Random) -> Condition:
     """The condition with one part taken from elsewhere, or another condition that shares a finding with it."""
     if kind == "condition":
         return rng.choice([c for c in CONDITIONS if c != condition and set(c.findings) & set(condition.findings)])
-    terms = {"advice": ADVICE, "avoid": AVOID}[kind].values()
-    wrong = rng.choice([term for term in terms if term != getattr(condition, kind)])
-    return replace(condition, **{kind: wrong})
+    if kind == "advice":
+        return replace(condition, advice=rng.choice([term for term in ADVICE.values() if term != condition.advice]))
+    assert kind == "avoid"
+    return replace(condition, avoid=rng.choice([term for term in AVOID.values() if term != condition.avoid]))
 
 
 def _fill(frame: str, language: Language, c: Condition) -> str:

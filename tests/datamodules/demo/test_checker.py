@@ -137,3 +137,9 @@ def test_rewards_come_one_per_response_in_order():
 def test_lists_of_unequal_length_are_an_error():
     with pytest.raises(ValueError, match="zip"):
         reward(["", ""], ["", ""], [FLU])
+
+
+@pytest.mark.parametrize("record", [{"question": "What helps with flu?"}, {**FLU, "language": "de"}])
+def test_a_record_that_is_no_question_of_the_demo_is_an_error(record):
+    with pytest.raises(ValueError, match="question record: expected the fields language"):
+        judge(record, RIGHT["en"])

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.demo.__main__ import HERE, main
 from datamodules.demo.checker import judge
-from datamodules.demo.corpus import PREAMBLE_SHARE, corpus
+from datamodules.demo.corpus import PREAMBLE_SHARE, SIZES, corpus
 from datamodules.demo.facts import CONDITIONS, LANGUAGES
 from datamodules.demo.world import careless_answer, questions
 
@@ -69,6 +69,12 @@ def test_no_held_out_question_is_asked_in_any_training_file(files):
     train, held_out = (set.union(*asked(files, split).values()) for split in ("train", "heldout"))
     assert train and held_out
     assert not train & held_out
+
+
+@pytest.mark.parametrize("name", ["preference.heldout.jsonl", "queries.heldout.jsonl"])
+def test_no_held_out_question_is_asked_twice(files, name):
+    texts = [record["question"] for record in records(files, name)]
+    assert len(set(texts)) == len(texts) == SIZES[name.split(".")[0]]["heldout"]
 
 
 def test_the_articles_tell_each_fact_in_both_languages(files):
