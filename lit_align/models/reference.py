@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_align.models.fingerprint import base_fingerprint, fingerprint
 from lit_align.models.load import load_causal_lm
 from lit_align.models.modes import disable_dropout, evaluating, has_adapters
 from lit_align.models.source import ModelSource
@@ -69,8 +68,3 @@ def reference_mode(policy: nn.Module) -> Iterator[nn.Module]:
         )
     with evaluating(policy), torch.no_grad(), policy.disable_adapter():
         yield policy
-
-
-def reference_fingerprint(policy: nn.Module, reference: nn.Module | None) -> str:
-    """The fingerprint by which a reference is anchored: its own, or that of the policy with its adapters off."""
-    return base_fingerprint(policy) if reference is None else fingerprint(reference)
