@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.arguments import at_least, check_batch, held_out_fraction, one_of
 from datamodules.examples import Collate, Examples, Layout
 from datamodules.formats import resolve
+from datamodules.identity import check_same, identity_of
 from datamodules.overlong import Overlong
 from datamodules.report import DataReport, SplitReport
 from datamodules.rows import Rows
-from datamodules.splitting import check_fraction, hold_out
+from datamodules.splitting import hold_out
 from datamodules.store import Encoder, OnError, Tokenised, tokenise
 from lit_align.batch import PlannedLoader
 
@@ -40,8 +41,10 @@ class AlignDataModule(LightningDataModule):
         predict: The same for `predict`.
         tokenizer: Folder, id or GGUF file of the tokenizer. The command line takes the model's if this is left out.
         batch_size: Examples of an optimizer step, over all ranks and micro-batches together: `devices` and
-            `accumulate_grad_batches` split this number, they do not multiply it.
-        eval_batch_size: Examples of a step in validation, test and predict, over all ranks; default `batch_size`.
+            `accumulate_grad_batches` split this number, they do not multiply it. Default: 8, or `max_tokens`.
+        max_tokens: Instead of `batch_size`: unique tokens of an optimizer step, over all ranks and micro-batches
+            together; a step holds as many examples as fit, and at least one.
+        eval_batch_size: Examples of a step in validation, test and predict, over all ranks; default: as in training.
         max_length: Token budget of an example (prompt and response together).
         on_error: Faulty records: "raise" = stop and name them with file, line and field; "skip" = leave them out,
             counted by reason in the report.
@@ -66,7 +69,8 @@ class AlignDataModule(LightningDataModule):
         test: SourceSpec = None,
         predict: SourceSpec = None,
         tokenizer: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
         on_error: OnError = "raise",
@@ -80,26 +84,24 @@ class AlignDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self._held_out: float | None = None
-        if isinstance(validation, (int, float)):
-            check_fraction(validation)
-            self._held_out = float(validation)
-        _at_least("batch_size", batch_size, 1)
-        _at_least("max_length", max_length, 2)
-        _one_of("on_error", on_error, ("raise", "skip"))
-        _one_of("overlong", overlong, ("raise", "drop", "truncate"))
-        _one_of("layout", layout, ("packed", "padded"))
-        _one_of("padding_side", padding_side, ("left", "right"))
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self._held_out = held_out_fraction(validation)
+        check_batch(batch_size, max_tokens, eval_batch_size)
+        at_least("max_length", max_length, 2)
+        one_of("on_error", on_error, ("raise", "skip"))
+        one_of("overlong", overlong, ("raise", "drop", "truncate"))
+        one_of("layout", layout, ("packed", "padded"))
+        one_of("padding_side", padding_side, ("left", "right"))
+        self.batch_size = 8 if batch_size is None and max_tokens is None else batch_size
+        self.max_tokens, self.eval_batch_size = max_tokens, eval_batch_size
         self.max_length, self.on_error, self.overlong = max_length, on_error, overlong
         self.seed, self.num_workers, self.num_proc, self.cache_dir = seed, num_workers, num_proc, cache_dir
         self.layout, self.padding_side = layout, padding_side
         self._tokenizer_source: Any = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._prepared: dict[str, Tokenised] = {}
-        self._keys: dict[str, str] = {}
-        self._train_loader: PlannedLoader | None = None
-        self._cursor = {"epoch": 0, "seen": 0}
+        self._identity: dict[str, str] = {}
+        self._train_loader: Any = None
+        self._cursor: dict[str, Any] = {}
         self.report = DataReport()
         self.datasets: dict[str, Examples] = {}
 
@@ -150,11 +152,12 @@ class AlignDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokenised data, splits off held-out data and reports what became of the records."""
-        self.report, self.datasets, self._keys = DataReport(), {}, {}
-        self._train_loader, self._cursor = None, {"epoch": 0, "seen": 0}
+        self.report, self.datasets, self._identity = DataReport(), {}, {}
+        self._train_loader, self._cursor = None, {}
         for split in self._needed(stage):
             done = self._prepared.pop(split, None) or self._tokenise(split)
-            self._keys[split] = done.key
+            if split == "train":
+                self._identity = identity_of(done.parts, self.plan_settings())
             if split == "train" and self._held_out is not None:
                 train, held_out, note = self.split(done.rows, self._held_out)
                 self._add("train", train, done.report)
@@ -164,23 +167,26 @@ class AlignDataModule(LightningDataModule):
         self.report.warnings = self.warnings()
         rank_zero_info(str(self.report))
 
-    def fingerprint(self) -> str:
-        """A digest of everything that the examples and their order depend on (data, tokenizer, settings, seed)."""
-        parts = [*sorted(self._keys.items()), self.seed, self.batch_size, self._held_out]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def plan_settings(self) -> dict[str, Any]:
+        """What, besides the examples, decides which of them each optimizer step holds."""
+        names = ("batch_size", "max_tokens", "seed")
+        return {**{name: getattr(self, name) for name in names}, "validation": self._held_out}
+
+    def identity(self) -> dict[str, str]:
+        """Everything that the training examples and their order depend on, by name (data, tokenizer, settings)."""
+        return dict(self._identity)
 
     def train_dataloader(self) -> Iterable:
-        """Micro-batches of this rank in the order of the step plan."""
-        return self.train_loader()
-
-    def train_loader(self) -> PlannedLoader:
-        """The loader of the training data, at the cursor."""
-        cursor = self.state_dict()
-        loader = self.loader("train", shuffle=True)
-        if any(cursor.values()):
-            loader.load_state_dict(cursor)
+        """Micro-batches of this rank in the order of the step plan, from the cursor on."""
+        loader = self.train_loader()
+        if self._cursor:
+            loader.load_state_dict(self._cursor)
         self._train_loader = loader
         return loader
+
+    def train_loader(self) -> Any:
+        """What is iterated to train, with `state_dict` and `load_state_dict` for its cursor."""
+        return self.loader("train", shuffle=True)
 
     def val_dataloader(self) -> Iterable:
         """Validation batches in file order; nothing if there is no validation data."""
@@ -207,7 +213,7 @@ class AlignDataModule(LightningDataModule):
             self.collate(),
             lengths=dataset.lengths,
             trained_weights=dataset.trained_weights,
-            batch_size=self.batch_size if split == "train" else self.eval_batch_size,
+            **self._step_size(split),
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
             micro_batches=self.micro_batches() if split == "train" else 1,
@@ -220,15 +226,28 @@ class AlignDataModule(LightningDataModule):
         """Micro-batches that a rank accumulates for a training step."""
         return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
 
-    def state_dict(self) -> dict[str, int]:
-        """The cursor of the training data: epoch, and micro-batches of it already handed out."""
-        return dict(self._cursor) if self._train_loader is None else self._train_loader.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor of the training data, and what it is a cursor of."""
+        cursor = self._cursor if self._train_loader is None else self._train_loader.state_dict()
+        return {"cursor": dict(cursor), "identity": self.identity()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Puts the cursor back, in the loader too if it is there already (some strategies restore late)."""
-        self._cursor = {"epoch": int(state_dict["epoch"]), "seen": int(state_dict["seen"])}
-        if self._train_loader is not None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts the cursor back, in the loader too if it is there already (some strategies restore late).
+
+        Raises:
+            ValueError: The data, the tokenizer or a setting of the plan is not what the run began with.
+        """
+        if "train" not in self.datasets:  # nothing is resumed: validate, test or predict
+            return
+        check_same(state_dict["identity"], self.identity())
+        self._cursor = dict(state_dict["cursor"])
+        if self._train_loader is not None and self._cursor:
             self._train_loader.load_state_dict(self._cursor)
+
+    def _step_size(self, split: str) -> dict[str, int | None]:
+        if split != "train" and self.eval_batch_size is not None:
+            return {"batch_size": self.eval_batch_size}
+        return {"batch_size": self.batch_size, "max_tokens": self.max_tokens}
 
     def _needed(self, stage: str | None) -> list[str]:
         """The sources to read for a stage; held-out data comes with the training data."""
@@ -256,13 +275,3 @@ class AlignDataModule(LightningDataModule):
         report.examples, report.tokens = len(examples), int(examples.lengths.sum())
         report.trained = float(examples.trained_weights.sum())
         self.datasets[split], self.report.splits[split] = examples, report
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,15 @@ class PromptDataModule(AlignDataModule):
         **kwargs: See `AlignDataModule`.
 
     Attributes:
-        collector: What turns the loader of prompts to the iterable that is trained on (a rollout, say); the stage
-            sets it in its `setup`. None = `train_dataloader` gives the prompts themselves.
+        collector: What turns the loader of prompts to the iterable that is trained on (a rollout, say) and has a
+            cursor of its own; the stage sets it in its `setup`. None = the prompts themselves are iterated.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.collector: Callable[[PlannedLoader], Iterable] | None = None
+        if self.max_tokens is not None:
+            raise ValueError("max_tokens: prompts are counted, not measured; give batch_size = prompts of a rollout")
+        self.collector: Callable[[PlannedLoader], Any] | None = None
 
     def encoder(self) -> PromptEncoder:
         """Makes rows from queries."""
@@ -59,9 +61,9 @@ class PromptDataModule(AlignDataModule):
         """1: a rollout takes its prompts together, and splits the training that follows in its own way."""
         return 1
 
-    def train_dataloader(self) -> Iterable:
+    def train_loader(self) -> Any:
         """The prompts in the order of the plan, or what the collector makes of them."""
-        loader = self.train_loader()
+        loader = super().train_loader()
         return loader if self.collector is None else self.collector(loader)
 
     def dictionaries(self, indices: list[int], split: str = "train") -> dict[str, Any]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 OnError = Literal["raise", "skip"]
 
-VERSION = 1
+VERSION = 2
 """Of the rows' making: raising it makes every older cache entry stale."""
 
 BATCH = 256
@@ -66,11 +66,18 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Rows with their report, and the key under which they are kept."""
+    """Rows with their report, and what they depend on.
+
+    Attributes:
+        rows: The rows.
+        report: What became of the records.
+        parts: Everything that the rows depend on, by name, as plain types: "data" (path and digest of each source),
+            "tokenizer", "settings", "version".
+    """
 
     rows: Rows
     report: SplitReport
-    key: str
+    parts: dict[str, Any]
 
 
 def tokenise(
@@ -108,12 +115,12 @@ def tokenise(
     folder = cache_folder(cache_dir) / key
     cached = (folder / "report.json").is_file()
     if not cached:
-        _build(folder, sources, _Guard(encoder, on_error), num_proc, name)
+        _build(folder, sources, Guard(encoder, on_error), num_proc, name)
     import datasets
 
     report = SplitReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     report.cached = cached
-    return Tokenised(Rows(datasets.load_from_disk(str(folder / "rows"))), report, key)
+    return Tokenised(Rows(datasets.load_from_disk(str(folder / "rows"))), report, parts)
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
@@ -135,8 +142,13 @@ def prompt_key(value: Any) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-class _Guard:
-    """Runs an encoder on raw records; a fault becomes an empty row, so that all are known before one is raised."""
+class Guard:
+    """Runs an encoder on raw records; a fault becomes an empty row, so that all are known before one is raised.
+
+    Args:
+        encoder: What makes the rows.
+        on_error: What becomes of faulty records.
+    """
 
     def __init__(self, encoder: Encoder, on_error: OnError) -> None:
         self.encoder, self.on_error = encoder, on_error
@@ -146,7 +158,13 @@ class _Guard:
             for name, kind in encoder.columns.items()
         }
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and types of what it makes: the encoder's row, what was cut of it ("a|b"), and a fault as text."""
+        return {**self.encoder.columns, "cut": "string", "fault": "string"}
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row of a raw record, {"text", "origin", "continues"}."""
         place = Place(row["origin"])
         try:
             columns, cuts = self.encoder(parse_json(row["text"], place), place, row["continues"])
@@ -160,18 +178,17 @@ class _Guard:
         return policy == "raise"
 
 
-def _build(folder: Path, sources: Sequence[Source], guard: _Guard, num_proc: int | None, name: str) -> None:
+def _build(folder: Path, sources: Sequence[Source], guard: Guard, num_proc: int | None, name: str) -> None:
     """Reads, tokenises, counts and writes; only the whole result appears under its name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         report = SplitReport()
-        raw = _write_raw(building / "raw.arrow", _checked(read_all(sources, guard, report), report))
-        table = _map(raw, guard, num_proc, building, name) if len(raw) else None
+        table = table_of(_checked(read_all(sources, guard, report), report), guard, building, num_proc, name)
         kept = _keep(table, guard, report) if table is not None else None
         if kept is None or not len(kept):
             raise ValueError(_nothing_left(sources, report))
-        with _quiet():
+        with without_progress_bar():
             kept.save_to_disk(str(building / "entry" / "rows"))
         (building / "entry" / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
         if not folder.exists():  # another process may have been faster
@@ -180,7 +197,7 @@ def _build(folder: Path, sources: Sequence[Source], guard: _Guard, num_proc: int
         shutil.rmtree(building, ignore_errors=True)
 
 
-def read_all(sources: Sequence[Source], guard: _Guard, report: SplitReport) -> Iterator[RawRecord]:
+def read_all(sources: Sequence[Source], guard: Guard, report: SplitReport) -> Iterator[RawRecord]:
     """All raw records; faults of whole files are raised or counted by the same policy as those of records."""
 
     def on_fault(error: DataError) -> None:
@@ -198,6 +215,14 @@ def _checked(records: Iterable[RawRecord], report: SplitReport) -> Iterator[RawR
         yield record
 
 
+def table_of(
+    records: Iterator[RawRecord], guard: Guard, folder: Path, num_proc: int | None, name: str
+) -> datasets.Dataset | None:
+    """What a guard makes of records, in their order; None if there are none. The table lies in the folder."""
+    raw = _write_raw(folder / "raw.arrow", records)
+    return _map(raw, guard, num_proc, folder, name) if len(raw) else None
+
+
 def _write_raw(path: Path, records: Iterator[RawRecord]) -> datasets.Dataset:
     """Raw records as an Arrow file, so that worker processes share them and memory stays free."""
     import pyarrow as pa
@@ -212,12 +237,12 @@ def _write_raw(path: Path, records: Iterator[RawRecord]) -> datasets.Dataset:
     return Dataset.from_file(str(path))
 
 
-def _map(raw: datasets.Dataset, guard: _Guard, num_proc: int | None, building: Path, name: str) -> datasets.Dataset:
+def _map(raw: datasets.Dataset, guard: Guard, num_proc: int | None, building: Path, name: str) -> datasets.Dataset:
     num_proc = min(num_proc, len(raw)) if num_proc and num_proc > 1 else None
     return raw.map(
         guard,
         remove_columns=raw.column_names,
-        features=_features({**guard.encoder.columns, "cut": "string", "fault": "string"}),
+        features=_features(guard.columns),
         num_proc=num_proc,
         cache_file_name=str(building / "mapped.arrow"),
         new_fingerprint=building.name.strip("."),  # ours is the key of the folder: hashing the function tells nothing
@@ -231,7 +256,7 @@ def _features(columns: dict[str, str]) -> datasets.Features:
     return Features({k: Sequence(Value(v[:-2])) if v.endswith("[]") else Value(v) for k, v in columns.items()})
 
 
-def _keep(table: datasets.Dataset, guard: _Guard, report: SplitReport) -> datasets.Dataset:
+def _keep(table: datasets.Dataset, guard: Guard, report: SplitReport) -> datasets.Dataset:
     """Raises or counts faults, counts cuts, and takes off the table what is left out."""
     faulty = np.array([fault != "" for fault in table.data.column("fault").to_pylist()])
     faults = [DataError.load(table.data.column("fault")[int(row)].as_py()) for row in np.flatnonzero(faulty)]
@@ -253,7 +278,7 @@ def _nothing_left(sources: Sequence[Source], report: SplitReport) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """No progress bar for what takes no time."""
     import datasets
 

@@ -1,7 +1,8 @@
 """A loader that follows the step plan and can be put back to any place of it.
 
 It is a plain sized iterable around a `DataLoader`, so Lightning neither replaces its sampler nor shards it. Its
-state is two numbers that are the same on every rank: the epoch and how many micro-batches it has handed out.
+state is two numbers that are the same on every rank and do not depend on how steps are split: the epoch and how many
+optimizer steps of it have been handed out. So a run goes on with other ranks or other micro-batches.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_align.batch.plan import MicroPlan, plan_epoch
+from lit_align.batch.plan import EpochPlan, MicroPlan, plan_epoch
 
 
 class PlannedLoader:
@@ -25,16 +26,20 @@ class PlannedLoader:
         lengths: Unique tokens of each example, int [N].
         trained_weights: Sum of the weights of each example's scored tokens, float [N].
         batch_size: Examples per optimizer step over all ranks and micro-batches.
+        max_tokens: Instead of `batch_size`: unique tokens per optimizer step; see `plan_epoch`.
         rank: This process, in [0, world_size).
         world_size: Processes that share each step.
         micro_batches: Micro-batches that each process accumulates for a step.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the order.
+        copies: How often an epoch visits each example, float [N]; None = once. See `epoch_order`.
         num_workers: Processes that prepare micro-batches; 0 = the training process itself.
 
     Attributes:
         epoch: The epoch of the micro-batch handed out last (0 before the first).
         seen: Micro-batches of this epoch already handed out.
+        epoch_over: Says whether the trainer takes no more of this epoch, though a rest may be left
+            (`limit_train_batches`); the stage, which knows the trainer, sets it.
     """
 
     def __init__(
@@ -44,12 +49,14 @@ class PlannedLoader:
         *,
         lengths: np.ndarray,
         trained_weights: np.ndarray,
-        batch_size: int,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
         shuffle: bool = True,
         seed: int = 0,
+        copies: np.ndarray | None = None,
         num_workers: int = 0,
     ) -> None:
         if len(lengths) == 0:
@@ -57,33 +64,42 @@ class PlannedLoader:
         self.dataset = _PlannedDataset(dataset, collate)
         self.lengths = np.asarray(lengths)
         self.trained_weights = np.asarray(trained_weights, dtype=np.float64)
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.micro_batches, self.shuffle, self.seed = micro_batches, shuffle, seed
+        self.batch_size, self.max_tokens, self.rank, self.world_size = batch_size, max_tokens, rank, world_size
+        self.micro_batches, self.shuffle, self.seed, self.copies = micro_batches, shuffle, seed, copies
         self.num_workers = num_workers
         self.epoch = self.seen = 0
+        self.epoch_over: Callable[[], bool] = bool
         self._restored = False
+        self._planned: tuple[int, EpochPlan] | None = None
 
     def __len__(self) -> int:
-        """Micro-batches of this rank per epoch (the same on every rank)."""
-        return -(-len(self.lengths) // self.batch_size) * self.micro_batches
+        """Micro-batches of this rank in the epoch that the next pass begins or goes on with (equal on every rank).
 
-    def plans(self, epoch: int) -> list[MicroPlan]:
-        """This rank's micro-batches of an epoch: part `m * world_size + rank` of each step for m = 0, 1, ..."""
-        steps = plan_epoch(
-            self.lengths,
-            self.trained_weights,
-            batch_size=self.batch_size,
-            parts=self.world_size * self.micro_batches,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            epoch=epoch,
-        )
-        return [step[m * self.world_size + self.rank] for step in steps for m in range(self.micro_batches)]
+        It may differ from epoch to epoch if steps are given in tokens.
+        """
+        return len(self.plan(self._next_epoch())) * self.micro_batches
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The steps of an epoch, each with the micro-batches of all ranks."""
+        if self._planned is None or self._planned[0] != epoch:
+            plan = plan_epoch(
+                self.lengths,
+                self.trained_weights,
+                batch_size=self.batch_size,
+                max_tokens=self.max_tokens,
+                parts=self.world_size * self.micro_batches,
+                shuffle=self.shuffle,
+                seed=self.seed,
+                epoch=epoch,
+                copies=self.copies,
+            )
+            self._planned = (epoch, plan)
+        return self._planned[1]
 
     def __iter__(self) -> Iterator[Any]:
         # A generator reads the cursor at its first step, after a checkpoint has been restored.
-        start = self._start()
-        rest = self.plans(self.epoch)[start:]
+        self.epoch, self.seen, self._restored = self._next_epoch(), self._next_seen(), False
+        rest = _Rest(self.plan(self.epoch), self.rank, self.world_size, self.micro_batches, self.seen)
         # A generator of its own: otherwise the loader draws from the global one and shifts dropout and sampling.
         loader = DataLoader(
             self.dataset,
@@ -96,21 +112,40 @@ class PlannedLoader:
             self.seen += 1
             yield batch
 
-    def _start(self) -> int:
-        """Where this pass begins: where the checkpoint was, else at the start of an epoch not begun before."""
-        if not (self._restored and self.seen < len(self)) and self.seen > 0:
-            self.epoch, self.seen = self.epoch + 1, 0
-        self._restored = False
-        return self.seen
+    def _goes_on(self) -> bool:
+        """Whether the next pass goes on inside an epoch: only after a checkpoint was restored there."""
+        return self._restored and self.seen < len(self.plan(self.epoch)) * self.micro_batches
+
+    def _next_epoch(self) -> int:
+        return self.epoch if self.seen == 0 or self._goes_on() else self.epoch + 1
+
+    def _next_seen(self) -> int:
+        return self.seen if self._goes_on() else 0
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor, the same on every rank."""
-        return {"epoch": self.epoch, "seen": self.seen}
+        """The cursor, the same on every rank; a step of which only some micro-batches were handed out counts as new."""
+        if self.epoch_over():
+            return {"epoch": self.epoch + 1, "step": 0}
+        return {"epoch": self.epoch, "step": self.seen // self.micro_batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Puts the cursor back; the next pass goes on from there instead of beginning an epoch."""
-        self.epoch, self.seen = int(state["epoch"]), int(state["seen"])
+        self.epoch, self.seen = int(state["epoch"]), int(state["step"]) * self.micro_batches
         self._restored = True
+
+
+class _Rest(Sampler):
+    """The micro-batches of one rank that are left of an epoch: part `m * world_size + rank` of each step."""
+
+    def __init__(self, plan: EpochPlan, rank: int, world_size: int, micro_batches: int, seen: int) -> None:
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.micro_batches, self.seen = micro_batches, seen
+
+    def __iter__(self) -> Iterator[MicroPlan]:
+        first, skipped = divmod(self.seen, self.micro_batches)
+        for step in range(first, len(self.plan)):
+            parts = self.plan[step][self.rank :: self.world_size]
+            yield from parts[skipped:] if step == first else parts
 
 
 class _PlannedDataset(Dataset):

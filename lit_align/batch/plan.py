@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -29,11 +30,78 @@ class MicroPlan:
     totals: StepTotals
 
 
-def epoch_order(num_examples: int, *, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the examples: int64 [num_examples], a function of seed and epoch alone."""
-    if not shuffle:
-        return np.arange(num_examples)
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+@dataclass(frozen=True)
+class EpochPlan(Sequence[list[MicroPlan]]):
+    """The optimizer steps of an epoch; a step's micro-batches are planned when they are asked for.
+
+    Attributes:
+        order: Dataset indices in the order in which the epoch visits them, int64 [M].
+        bounds: Step s holds `order[bounds[s] : bounds[s + 1]]`, int64 [steps + 1].
+        lengths: Unique tokens of each example, int [N].
+        trained_weights: Sum of the weights of each example's scored tokens, float [N].
+        parts: Ranks x micro-batches that share a step.
+    """
+
+    order: np.ndarray
+    bounds: np.ndarray
+    lengths: np.ndarray
+    trained_weights: np.ndarray
+    parts: int
+
+    def __len__(self) -> int:
+        """Optimizer steps."""
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, step: int) -> list[MicroPlan]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[list[MicroPlan]]: ...
+    def __getitem__(self, step: int | slice) -> list[MicroPlan] | list[list[MicroPlan]]:
+        """The step's `parts` micro-batches; every example of the step stands in exactly one."""
+        if isinstance(step, slice):
+            return [self[s] for s in range(*step.indices(len(self)))]
+        return plan_step(self.examples(step), self.lengths, self.trained_weights, self.parts)
+
+    def examples(self, step: int) -> np.ndarray:
+        """Dataset indices of a step's examples, whatever shares its work, int64."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"step: expected 0 <= step < {len(self)}, got {step}")
+        return self.order[self.bounds[step] : self.bounds[step + 1]]
+
+
+def epoch_order(
+    num_examples: int, *, shuffle: bool, seed: int, epoch: int, copies: np.ndarray | None = None
+) -> np.ndarray:
+    """The order in which an epoch visits the examples: a function of seed, epoch and copies alone.
+
+    Args:
+        num_examples: N.
+        shuffle: Whether the order is a permutation drawn from (seed, epoch); else the examples stand in file order.
+        seed: Of the permutation.
+        epoch: Of the permutation.
+        copies: How often the epoch visits each example, float [N]; None = once. Of the examples that share a number
+            with a fraction f, round(f * their number) are visited once more, drawn anew for each epoch.
+
+    Returns:
+        Dataset indices, int64 [M]; M is the same for every epoch.
+    """
+    order = np.arange(num_examples)
+    if copies is not None:
+        order = np.repeat(order, _counts(np.asarray(copies, dtype=np.float64), seed, epoch))
+    return np.random.default_rng([seed, epoch]).permutation(order) if shuffle else order
+
+
+def _counts(copies: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """How often this epoch visits each example, int64 [N]."""
+    if not (np.isfinite(copies).all() and (copies > 0).all()):
+        raise ValueError(f"copies: expected numbers above 0, got {copies[~(copies > 0)][:3]}")
+    counts = np.floor(copies).astype(np.int64)
+    for number, value in enumerate(np.unique(copies)):
+        if fraction := value % 1:
+            members = np.flatnonzero(copies == value)
+            drawn = np.random.default_rng([seed, epoch, number]).permutation(members)
+            counts[drawn[: round(fraction * len(members))]] += 1
+    return counts
 
 
 def split_step(indices: Sequence[int], lengths: np.ndarray, parts: int) -> list[list[int]]:
@@ -55,12 +123,14 @@ def plan_epoch(
     lengths: np.ndarray,
     trained_weights: np.ndarray,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
     parts: int,
     shuffle: bool,
     seed: int,
     epoch: int,
-) -> list[list[MicroPlan]]:
+    copies: np.ndarray | None = None,
+) -> EpochPlan:
     """Plans one epoch.
 
     Args:
@@ -68,21 +138,38 @@ def plan_epoch(
         trained_weights: Sum of the weights of each example's scored tokens, float [N].
         batch_size: Examples of an optimizer step, over all ranks and micro-batches; the last step of the epoch
             may hold fewer.
+        max_tokens: Instead of `batch_size`: unique tokens of an optimizer step, over all ranks and micro-batches; a
+            step holds as many examples as fit, in the order of the epoch, and at least one.
         parts: Ranks x micro-batches that share a step.
         shuffle: Whether the order is a permutation drawn from (seed, epoch).
         seed: Of the permutation.
         epoch: Of the permutation.
+        copies: How often the epoch visits each example, float [N]; None = once. See `epoch_order`.
 
     Returns:
-        One list per optimizer step with `parts` micro-batches each; every example stands in exactly one.
+        The steps. With `max_tokens` their number may differ from epoch to epoch.
     """
-    if batch_size < 1 or parts < 1:
-        raise ValueError(f"batch_size and parts: expected at least 1, got {batch_size} and {parts}")
-    order = epoch_order(len(lengths), shuffle=shuffle, seed=seed, epoch=epoch)
-    steps = []
-    for start in range(0, len(order), batch_size):
-        steps.append(plan_step(order[start : start + batch_size], lengths, trained_weights, parts))
-    return steps
+    if (batch_size is None) == (max_tokens is None):
+        raise ValueError(f"batch_size and max_tokens: expected one of them, got {batch_size} and {max_tokens}")
+    if min(batch_size or max_tokens or 0, parts) < 1:
+        raise ValueError(
+            f"batch_size (or max_tokens) and parts: expected at least 1, got {batch_size or max_tokens} and {parts}"
+        )
+    order = epoch_order(len(lengths), shuffle=shuffle, seed=seed, epoch=epoch, copies=copies)
+    if batch_size is not None:
+        bounds = np.append(np.arange(0, len(order), batch_size), len(order))
+    else:
+        bounds = _bounds_by_tokens(lengths[order], int(max_tokens or 0))
+    return EpochPlan(order, bounds, lengths, trained_weights, parts)
+
+
+def _bounds_by_tokens(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Bounds of steps that hold as many of the ordered examples as fit, int64 [steps + 1]."""
+    stops, bounds = np.cumsum(lengths, dtype=np.int64), [0]
+    while bounds[-1] < len(lengths):
+        before = stops[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(max(int(np.searchsorted(stops, before + max_tokens, side="right")), bounds[-1] + 1))
+    return np.array(bounds)
 
 
 def plan_step(indices: np.ndarray, lengths: np.ndarray, trained_weights: np.ndarray, parts: int) -> list[MicroPlan]:

@@ -53,9 +53,9 @@ def checkpoint_entry(
     """
     return {
         "stage": stage,
-        "roles": {role: _describe(source, model) for role, (source, model) in roles.items()},
+        "roles": {role: describe(source, model) for role, (source, model) in roles.items()},
         "fingerprints": dict(fingerprints or {}),
-        "tokenizer": _tokenizer_files(tokenizer),
+        "tokenizer": tokenizer_files(tokenizer),
     }
 
 
@@ -131,7 +131,8 @@ def is_scalar(model: nn.Module) -> bool:
     return hasattr(model.get_base_model() if has_adapters(model) else model, HEAD)
 
 
-def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
+def describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
+    """What a role is: where it comes from, its kind, its configuration; plain types."""
     return {
         "source": source.to_dict(),
         "kind": "scalar" if is_scalar(model) else "causal",
@@ -159,7 +160,8 @@ def _with_base(model: nn.Module, adapters: dict[str, Tensor], expected: str | No
     return {key: value for key, value in model.state_dict().items() if plain_name(key)} | adapters
 
 
-def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """The files that the tokenizer is saved as, by name; their bytes, uint8."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.batch import MicroBatch
 from lit_align.rollout.sampling import Answer
+from lit_align.rollout.scoring import answer_rewards
 
 RewardCallable = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 
@@ -64,3 +66,33 @@ def function_scores(
         for function in functions:
             scores += torch.tensor(function(prompts, texts, records))
     return scores
+
+
+def answer_scores(
+    reward_model: nn.Module | None,
+    functions: Sequence[RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Tensor],
+    answers: Sequence[Sequence[Answer]],
+    records: Sequence[dict[str, Any]],
+    packed: Sequence[MicroBatch],
+) -> Tensor:
+    """What the reward model and the functions say of each answer, added up.
+
+    Args:
+        reward_model: Frozen; None = functions alone.
+        functions: May be none.
+        tokenizer: The policy's.
+        prompt_ids: B prompts.
+        answers: n answers to each.
+        records: Where the prompts come from, B.
+        packed: The same prompts and answers as micro-batches.
+
+    Returns:
+        float32 [B * n], those of one prompt next to each other, on the CPU.
+    """
+    flat = [answer for group in answers for answer in group]
+    asked = [ids for ids, group in zip(prompt_ids, answers, strict=True) for _ in group]
+    repeated = [record for record, group in zip(records, answers, strict=True) for _ in group]
+    scores = function_scores(functions, tokenizer, asked, flat, repeated)
+    return scores if reward_model is None else scores + answer_rewards(reward_model, packed)

@@ -60,10 +60,12 @@ class PolicyStage(Stage):
         named = named if isinstance(named, list) else [named]
         return sorted({i for i in (*named, self.tokenizer.eos_token_id) if i is not None})
 
-    def answer(self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None) -> list[Answer]:
-        """Samples one answer for each prompt from the policy as it is."""
+    def answer(
+        self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None, noise: Tensor | None = None
+    ) -> list[Answer]:
+        """Samples one answer for each prompt from the policy as it is; see `sample` for `noise`."""
         prompts = [ids.to(self.device) for ids in prompt_ids]
-        return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling)
+        return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling, noise)
 
     def generate_answers(self, batch: PromptBatch, sampling: Sampling | None = None) -> list[str]:
         """The answers' text, without special tokens."""

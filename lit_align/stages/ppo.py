@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
 from lit_align.models import scalar_at_sources, token_stats
+from lit_align.models.checkpoint import ENTRY
 from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import freeze, make_reference
@@ -28,10 +29,11 @@ from lit_align.rollout.experience import (
     rollout_metrics,
     with_tokens,
 )
-from lit_align.rollout.loader import RolloutLoader, check_at_rollout_end
-from lit_align.rollout.rewards import RewardFunction, function_scores
-from lit_align.rollout.sampling import Answer, Sampling
-from lit_align.rollout.scoring import answer_logps, answer_rewards, answer_values, check_vocabulary, micro_batches
+from lit_align.rollout.loader import RolloutLoader
+from lit_align.rollout.moments import RunningMoments
+from lit_align.rollout.rewards import RewardFunction, answer_scores
+from lit_align.rollout.sampling import Sampling, answer_noise
+from lit_align.rollout.scoring import answer_logps, answer_values, check_vocabulary, micro_batches
 from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.ppo_settings import PPOSettings
@@ -102,9 +104,9 @@ class LitPPO(ReferencedStage):
         self.reward_model_source, self.reward_functions = reward_model, tuple(reward_functions)
         self.critic_source, self.reference_source = critic or reward_model or policy, reference
         self.estimator, self.ppo, self.sampling, self.critic_lr = estimator, ppo, sampling, critic_lr
-        self.kl = ppo.kl_controller()
+        self.kl, self.reward_moments = ppo.kl_controller(), RunningMoments()
         self.reward_model = self.critic = None
-        self.rollout_metrics: dict[str, float] = {}
+        self.rollout_seed, self.rollout_metrics = 0, dict[str, float]()
 
     def sources(self) -> dict[str, ModelSource]:
         """Policy's and critic's."""
@@ -127,8 +129,7 @@ class LitPPO(ReferencedStage):
     def setup(self, stage: str) -> None:
         """Makes the prompts' data module yield experience instead of prompts."""
         if stage == "fit":
-            if self.global_rank > 0:  # else all ranks would draw with the same random numbers
-                torch.manual_seed(torch.initial_seed() + self.global_rank)
+            self.rollout_seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % 2**63
             self.trainer.datamodule.collector = self._rollout_loader
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -183,11 +184,14 @@ class LitPPO(ReferencedStage):
 
     # -- the rollout
 
-    def collect(self, prompts: list[PromptBatch]) -> list[Example]:
+    def collect(self, prompts: PromptBatch, number: int) -> list[Example]:
         """One rollout: samples answers to this rank's prompts, and makes all ranks' answers examples of the update.
+
+        What is sampled depends on the seed, the number of the rollout and the prompt, not on the rank.
 
         Args:
             prompts: This rank's share of the rollout's prompts.
+            number: Of the rollout, from 1.
 
         Returns:
             The examples of the whole rollout, the same on every rank, each token with its old log-probability,
@@ -195,25 +199,28 @@ class LitPPO(ReferencedStage):
         """
         # The loader is iterated outside Lightning's autocast; old log-probabilities must be those of the update.
         with self.trainer.precision_plugin.forward_context():
-            trajectories = from_all_ranks(self._trajectories(prompts))
+            trajectories = from_all_ranks(self._trajectories(prompts, number))
         rollout = as_rollout(trajectories)
-        advantages, returns = self.estimator(rollout, self.kl.coef)
+        scores = self.reward_moments.scaled(rollout.scores) if self.ppo.scale_rewards else rollout.scores
+        advantages, returns = self.estimator(rollout._replace(scores=scores), self.kl.coef)
         coef = self.kl.coef if self.estimator.uses_kl_coef else 0.0
         self.rollout_metrics = rollout_metrics(rollout, coef, returns if self.estimator.needs_critic else None)
         self.kl.update(float(rollout.kl.mean()), len(rollout.scores))
         return with_tokens(trajectories, rollout, advantages=advantages, returns=returns)
 
-    def _trajectories(self, batches: list[PromptBatch]) -> list[Trajectory]:
-        prompts = [ids for batch in batches for ids in batch.prompt_ids]
+    def _trajectories(self, batch: PromptBatch, number: int) -> list[Trajectory]:
+        prompts, indices, n = list(batch.prompt_ids), batch.indices.tolist(), self.ppo.num_answers
         if not prompts:
             return []
-        records = [record for batch in batches for record in batch.records]
-        indices = [index for batch in batches for index in batch.indices.tolist()]
-        n = self.ppo.num_answers
-        flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling)
+        keys = [(self.rollout_seed, number, index, answer) for index in indices for answer in range(n)]
+        noise = answer_noise(keys, self.sampling.max_new_tokens)
+        flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
         answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]
         packed = list(micro_batches(as_examples(prompts, answers), self.ppo.scoring_batch_size, self.device))
-        scores = self._scores(prompts, answers, records, packed).split(n)
+        scores = answer_scores(
+            self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
+        )
+        scores = self.ppo.final_scores(scores, [answer.finished for answer in flat]).split(n)
         logps = _split(answer_logps(self.policy, packed, self.sampling.temperature), n)
         with reference_policy(self.policy, self.reference) as reference:
             reference_logps = _split(answer_logps(reference, packed, self.sampling.temperature), n)
@@ -222,21 +229,6 @@ class LitPPO(ReferencedStage):
             values = _split(answer_values(self.critic, packed), n)
         rows = zip(indices, prompts, answers, scores, logps, reference_logps, values, strict=True)
         return [Trajectory(i, ids.cpu(), *numbers) for i, ids, *numbers in rows]
-
-    def _scores(
-        self, prompts: list[Tensor], answers: list[tuple[Answer, ...]], records: list[dict], packed: list[MicroBatch]
-    ) -> Tensor:
-        """Reward of each answer, float32 [S]: reward model + callables, penalty for no end, clipped."""
-        n, flat = self.ppo.num_answers, [a for group in answers for a in group]
-        scores = torch.zeros(len(flat))
-        if self.reward_model is not None:
-            scores += answer_rewards(self.reward_model, packed)
-        asked = [ids for ids in prompts for _ in range(n)]
-        repeated = [record for record in records for _ in range(n)]
-        scores += function_scores(self.reward_functions, self.tokenizer, asked, flat, repeated)
-        scores -= self.ppo.missing_eos_penalty * torch.tensor([float(not a.finished) for a in flat])
-        limit = self.ppo.reward_clip
-        return scores if limit is None else scores.clamp(-limit, limit)
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the rollout's figures to those of its updates."""
@@ -248,7 +240,7 @@ class LitPPO(ReferencedStage):
         """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
         if len(batch) == 0:  # this rank has no share of the last, smaller batch
             return
-        rollout = as_rollout(self._trajectories([batch]))
+        rollout = as_rollout(self._trajectories(batch, number=0))
         count = len(rollout.scores)
         self.record(
             reward=(rollout.scores.sum(), count),
@@ -262,15 +254,21 @@ class LitPPO(ReferencedStage):
     # -- state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the KL coefficient: the next rollout depends on it."""
+        """Adds what the next rollout depends on (KL coefficient, moments, seed) and the figures of this one."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_align"]["kl_coef"] = float(self.kl.coef)
+        checkpoint[ENTRY]["ppo"] = {
+            "kl_coef": float(self.kl.coef),
+            "reward_moments": self.reward_moments.as_dict(),
+            "rollout_seed": self.rollout_seed,
+            "rollout_metrics": dict(self.rollout_metrics),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the KL coefficient back; a rollout that was only half used is not in the checkpoint."""
+        """Puts them back."""
         super().on_load_checkpoint(checkpoint)
-        check_at_rollout_end(checkpoint)
-        self.kl.coef = checkpoint["lit_align"]["kl_coef"]
+        state = checkpoint[ENTRY]["ppo"]
+        self.kl.coef, self.rollout_seed = state["kl_coef"], state["rollout_seed"]
+        self.reward_moments, self.rollout_metrics = RunningMoments(**state["reward_moments"]), state["rollout_metrics"]
 
     def _rollout_loader(self, prompts: PlannedLoader) -> RolloutLoader:
         return RolloutLoader(

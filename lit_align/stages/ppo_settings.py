@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from lit_align.rollout.advantages import AdaptiveKL, FixedKL
 from lit_align.rollout.estimators import AdvantageEstimator
@@ -28,6 +32,8 @@ class PPOSettings:
         kl_loss_coef: Weight of k2, per token, in the loss: the gradient of the KL itself; for GRPO.
         missing_eos_penalty: Taken off the score of an answer that did not end by itself.
         reward_clip: Scores are clipped to [-reward_clip, reward_clip]; None = not.
+        scale_rewards: Whether scores, once clipped, are divided by the running standard deviation of all scores of
+            the run (arXiv:2307.04964, section 5.3.1, without its shift). What is logged is not scaled.
         scoring_batch_size: Prompts that are scored side by side.
     """
 
@@ -46,6 +52,7 @@ class PPOSettings:
     kl_loss_coef: float = 0.0
     missing_eos_penalty: float = 1.0
     reward_clip: float | None = 10.0
+    scale_rewards: bool = False
     scoring_batch_size: int = 16
 
     def kl_controller(self) -> AdaptiveKL | FixedKL:
@@ -61,3 +68,8 @@ class PPOSettings:
                 f"ppo.num_answers: {type(estimator).__name__} compares answers to one prompt and needs at least "
                 f"{estimator.min_answers}, got {self.num_answers}"
             )
+
+    def final_scores(self, scores: Tensor, finished: Sequence[bool]) -> Tensor:
+        """Scores, float32 [S], less the penalty of answers that did not end by themselves, clipped."""
+        scores = scores - self.missing_eos_penalty * torch.tensor([float(not end) for end in finished])
+        return scores if self.reward_clip is None else scores.clamp(-self.reward_clip, self.reward_clip)

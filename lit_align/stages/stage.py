@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.models.checkpoint import ENTRY, checkpoint_entry
 from lit_align.models.fingerprint import base_fingerprint, fingerprint
 from lit_align.models.modes import has_adapters
+from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
+from lit_align.stages.progress import announce_epoch_end, follow_epoch_length, recount
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -80,6 +82,14 @@ class Stage(LightningModule):
         """What is logged, made from the means; a stage derives further values (a spread, say) here."""
         return means
 
+    def on_train_start(self) -> None:
+        """Lets the cursor of the data know about `limit_train_batches`."""
+        announce_epoch_end(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Keeps Lightning's count of the epoch's micro-batches right."""
+        follow_epoch_length(self.trainer)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step's means, if this step is one that is logged."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
@@ -114,6 +124,10 @@ class Stage(LightningModule):
         """Where each trained network comes from, by attribute name."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its networks come from")
 
+    def roles(self) -> dict[str, tuple[ModelSource, nn.Module]]:
+        """Source and network of each trained role, by attribute name."""
+        return {name: (self.sources()[name], net) for name, net in self.networks(self.trained)}
+
     def networks(self, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
         """Those of the named attributes that hold a network."""
         return ((name, net) for name in names if isinstance(net := getattr(self, name, None), nn.Module))
@@ -138,18 +152,16 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds where the networks came from and the fingerprints of the frozen ones; plain types only."""
-        roles = {name: (self.sources()[name], net) for name, net in self.networks(self.trained)}
-        checkpoint[ENTRY] = checkpoint_entry(self.name, roles, self.tokenizer, self.fingerprints())
+        checkpoint[ENTRY] = checkpoint_entry(self.name, self.roles(), self.tokenizer, self.fingerprints())
+        checkpoint[ENTRY]["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another frozen network than the run began with."""
-        stored = checkpoint.get(ENTRY, {}).get("fingerprints", {})
-        for name, now in self.fingerprints().items():
-            if name in stored and stored[name] != now:
-                raise ValueError(
-                    f"{name}: its weights are not those that the checkpoint's run was using (fingerprint "
-                    f"{now[:12]}, expected {stored[name][:12]}); restore the files that it is loaded from"
-                )
+        """Refuses to go on with other networks than the run began with; counts in this run's micro-batches."""
+        entry, roles = checkpoint.get(ENTRY, {}), self.roles()
+        check_same_networks(entry, self.name, roles, self.tokenizer, self.fingerprints())
+        before = entry.get("micro_batches")
+        if before is not None and self._trainer is not None:
+            recount(checkpoint, before, self.trainer.accumulate_grad_batches)
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each frozen network and of each frozen base under adapters; computed once."""

@@ -31,20 +31,76 @@ def test_each_epoch_holds_every_example_once_in_an_order_of_its_own():
     assert first != second
 
 
+STEPS = [{"batch_size": 4}, {"batch_size": None, "max_tokens": 40}]
+
+
+@pytest.mark.parametrize("size", STEPS, ids=["examples", "tokens"])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 5, 11, 12])
-def test_going_on_from_a_cursor_equals_never_having_stopped(stop, workers):
-    whole = loader()
+@pytest.mark.parametrize("step", [0, 1, 3, 5])
+def test_going_on_from_a_cursor_equals_never_having_stopped(step, workers, size):
+    whole = loader(**size)
     want = members(whole) + members(whole)
-    stopped = loader()
-    got = members(itertools.islice(stopped, stop))
-    resumed = loader(num_workers=workers)
+    stopped = loader(**size)
+    got = members(itertools.islice(stopped, 2 * step))
+    resumed = loader(num_workers=workers, **size)
     resumed.load_state_dict(stopped.state_dict())
     got += members(resumed)
     got += members(resumed)
-    if stop == 12:  # the epoch was over: resuming goes on with the next one, and one more was read here
-        got = got[:24]
     assert got == want
+
+
+def test_after_the_last_step_of_an_epoch_the_next_begins():
+    whole = loader()
+    want = members(whole) + members(whole)
+    done = loader()
+    members(done)
+    resumed = loader()
+    resumed.load_state_dict(done.state_dict())
+    assert members(resumed) == want[12:]
+
+
+def test_an_epoch_that_is_over_early_is_not_continued():
+    whole = loader()
+    want = members(whole) + members(whole)
+    limited = loader()
+    members(itertools.islice(limited, 4))
+    resumed = loader()
+    limited.epoch_over = lambda: True
+    resumed.load_state_dict(limited.state_dict())
+    assert members(resumed) == want[12:]
+
+
+def test_a_step_that_was_only_begun_is_handed_out_again():
+    stopped, resumed = loader(), loader()
+    members(itertools.islice(stopped, 5))
+    resumed.load_state_dict(stopped.state_dict())
+    assert members(resumed) == members(loader())[4:]
+
+
+@pytest.mark.parametrize("size", STEPS, ids=["examples", "tokens"])
+def test_a_run_goes_on_over_the_same_steps_with_other_ranks_and_micro_batches(size):
+    def steps(sources, micro_batches):
+        """The set of examples of each step, over the ranks."""
+        ranks = [members(source) for source in sources]
+        micro = [sum((list(part) for part in parts), []) for parts in zip(*ranks, strict=True)]
+        return [set(sum(micro[i : i + micro_batches], [])) for i in range(0, len(micro), micro_batches)]
+
+    want = steps([loader(**size)], 2)
+    stopped = loader(**size)
+    members(itertools.islice(stopped, 6))
+    others = [loader(rank=rank, world_size=3, micro_batches=5, **size) for rank in range(3)]
+    for other in others:
+        other.load_state_dict(stopped.state_dict())
+    assert steps(others, 5) == want[3:]
+
+
+def test_steps_in_tokens_may_differ_in_number_and_the_length_follows():
+    source = loader(batch_size=None, max_tokens=40)
+    lengths = []
+    for _ in range(6):
+        lengths.append(len(source))
+        assert len(members(source)) == lengths[-1]
+    assert len(set(lengths)) > 1
 
 
 def test_a_pass_that_was_broken_off_is_not_continued_without_a_checkpoint():

@@ -55,6 +55,45 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert epoch_order(5, shuffle=False, seed=1, epoch=2).tolist() == [0, 1, 2, 3, 4]
 
 
+@given(LENGTHS, st.integers(1, 800), st.integers(1, 4), st.integers(0, 3))
+def test_a_step_in_tokens_holds_as_many_examples_as_fit(lengths, max_tokens, parts, epoch):
+    numbers = np.asarray(lengths)
+    options = {"max_tokens": max_tokens, "shuffle": True, "seed": 0, "epoch": epoch}
+    steps = plan_epoch(numbers, numbers * 0.5, parts=parts, **options)
+    held = [list(steps.examples(s)) for s in range(len(steps))]
+    assert [i for step in held for i in step] == list(epoch_order(len(lengths), shuffle=True, seed=0, epoch=epoch))
+    for step, after in zip(held, [*held[1:], None], strict=True):
+        load = sum(lengths[i] for i in step)
+        assert load <= max_tokens or len(step) == 1
+        assert after is None or load + lengths[after[0]] > max_tokens
+
+
+def test_copies_say_how_often_an_epoch_visits_an_example():
+    copies = np.array([1.0] * 10 + [2.0] * 10 + [0.5] * 10 + [1.25] * 8)
+    orders = [epoch_order(38, shuffle=shuffle, seed=0, epoch=e, copies=copies) for e in range(3) for shuffle in (0, 1)]
+    for order in orders:
+        counts = np.bincount(order, minlength=38)
+        assert (counts[:10] == 1).all() and (counts[10:20] == 2).all()
+        assert set(counts[20:30]) == {0, 1} and counts[20:30].sum() == 5
+        assert set(counts[30:]) == {1, 2} and counts[30:].sum() == 10
+    drawn = [tuple(np.bincount(order, minlength=38)[20:30]) for order in orders[::2]]
+    assert len(set(drawn)) > 1
+    again = epoch_order(38, shuffle=True, seed=0, epoch=2, copies=copies)
+    assert (again == orders[-1]).all()
+
+
+@pytest.mark.parametrize("copies", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
+def test_examples_cannot_be_visited_less_than_never(copies):
+    with pytest.raises(ValueError, match="copies: expected numbers above 0"):
+        epoch_order(2, shuffle=False, seed=0, epoch=0, copies=np.array(copies))
+
+
+def test_a_step_is_given_in_examples_or_in_tokens():
+    for sizes in ({}, {"batch_size": 2, "max_tokens": 10}):
+        with pytest.raises(ValueError, match="expected one of them"):
+            plan_epoch(np.ones(3), np.ones(3), parts=1, shuffle=False, seed=0, epoch=0, **sizes)
+
+
 def test_fewer_examples_than_parts_leave_empty_micro_batches():
     (step,) = plan([5, 7], batch_size=8, parts=4)
     assert sorted(len(micro.indices) for micro in step) == [0, 0, 1, 1]

@@ -83,7 +83,7 @@ def test_the_cursor_goes_on_where_it_was_with_or_without_workers(make, module):
     loader = iter(first.train_dataloader())
     begun = [contents(next(loader)) for _ in range(3)]
     state = first.state_dict()
-    assert state == {"epoch": 0, "seen": 3}
+    assert state["cursor"] == {"epoch": 0, "step": 3}
     rest = make(module, batch_size=4, num_workers=1)
     rest.load_state_dict(state)
     loader = rest.train_dataloader()
@@ -94,9 +94,10 @@ def test_the_cursor_goes_on_where_it_was_with_or_without_workers(make, module):
 def test_a_cursor_that_comes_late_reaches_the_loader(make, module):
     data = make(module, batch_size=4)
     loader = data.train_dataloader()
-    data.load_state_dict({"epoch": 1, "seen": 2})
+    state = {"cursor": {"epoch": 1, "step": 2}, "identity": data.identity()}
+    data.load_state_dict(state)
     again = make(module, batch_size=4)
-    again.load_state_dict({"epoch": 1, "seen": 2})
+    again.load_state_dict(state)
     assert [contents(b) for b in loader] == [contents(b) for b in again.train_dataloader()]
 
 
@@ -155,7 +156,7 @@ def test_a_missing_source_or_tokenizer_is_told(make, module, write):
 def test_a_tokenizer_is_loaded_from_its_folder(make, module, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = make(module, tokenizer=str(tmp_path / "tokenizer"))
-    assert data.fingerprint() == make(module).fingerprint()
+    assert data.identity() == make(module).identity()
 
 
 @pytest.mark.parametrize(
@@ -247,8 +248,9 @@ def test_lightning_keeps_the_cursor_in_its_checkpoint_and_puts_it_back(make, tmp
         resumed = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
         resumed.fit(rest, make(SFTDataModule, **options), ckpt_path=path)
         assert rest.batches == whole.batches[step:]
-        cursor = torch.load(path, weights_only=True)["SFTDataModule"]
-        assert cursor == {"epoch": (step - 1) // 4, "seen": (step - 1) % 4 + 1}
+        state = torch.load(path, weights_only=True)["SFTDataModule"]
+        # At the end of an epoch the cursor stands at the start of the next.
+        assert state["cursor"] == {"epoch": step // 4, "step": step % 4}
 
 
 def test_a_second_fit_without_checkpoint_begins_anew(make, tmp_path):

@@ -38,10 +38,18 @@ def test_a_bare_list_of_messages_is_passed_on_as_a_conversation(load):
 
 def test_the_stage_may_put_a_collector_before_the_loader(load):
     data = load({"question": "a"}, {"question": "b"}, batch_size=1)
-    data.collector = lambda loader: ["rollout of", loader]
-    first, loader = data.train_dataloader()
-    next(iter(loader))
-    assert first == "rollout of" and data.state_dict() == {"epoch": 0, "seen": 1}
+
+    class Rollouts:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def state_dict(self):
+            return {"prompts": self.loader.state_dict()}
+
+    data.collector = Rollouts
+    rollouts = data.train_dataloader()
+    next(iter(rollouts.loader))
+    assert data.state_dict()["cursor"] == {"prompts": {"epoch": 0, "step": 1}}
 
 
 def test_a_long_prompt_keeps_its_end(load):

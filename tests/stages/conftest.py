@@ -22,7 +22,7 @@ class ExampleData(LightningDataModule):
         super().__init__()
         self.examples, self.batch_size, self.layout, self.side = examples, batch_size, layout, side
         self.collector: Callable | None = None
-        self.loader: PlannedLoader | None = None
+        self.loader = None
         self.state: dict | None = None
 
     def _collate(self, examples, plan):
@@ -43,15 +43,16 @@ class ExampleData(LightningDataModule):
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            micro_batches=self.trainer.accumulate_grad_batches if shuffle else 1,
+            micro_batches=self.trainer.accumulate_grad_batches if shuffle and not self.collector else 1,
             shuffle=shuffle,
         )
 
     def train_dataloader(self):
-        self.loader = self._loader(shuffle=True)
+        loader = self._loader(shuffle=True)
+        self.loader = self.collector(loader) if self.collector else loader
         if self.state:
             self.loader.load_state_dict(self.state)
-        return self.collector(self.loader) if self.collector else self.loader
+        return self.loader
 
     def val_dataloader(self):
         return self._loader(shuffle=False)

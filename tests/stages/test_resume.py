@@ -1,5 +1,8 @@
 """A run that is resumed from a checkpoint equals the run that was never stopped, bit for bit."""
 
+import shutil
+from itertools import chain
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,7 +24,9 @@ def stage_of(kind, source):
     if kind is LitPPO:
         options |= {
             "reward_functions": [RewardFunction(length_reward)],
-            "ppo": PPOSettings(ppo_epochs=2, num_minibatches=2, target_kl=0.5, kl_coef=0.1, kl_horizon=50.0),
+            "ppo": PPOSettings(
+                ppo_epochs=2, num_minibatches=2, target_kl=0.5, kl_coef=0.1, kl_horizon=50.0, scale_rewards=True
+            ),
             "sampling": Sampling(max_new_tokens=5),
         }
     torch.manual_seed(0)
@@ -46,24 +51,78 @@ CASES = {
 }
 
 
+def saving(folder):
+    return [RandomState(), ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)]
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.1)], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-def test_resumed_run_is_the_uninterrupted_run(kind, lora, tiny_model, request, make_data, make_trainer, tmp_path):
+def test_a_run_resumed_at_any_step_is_the_uninterrupted_run(
+    kind, lora, tiny_model, request, make_data, make_trainer, tmp_path
+):
     items = request.getfixturevalue(CASES[kind])
     source = ModelSource(path=str(tiny_model), lora=lora)
-    saving = {"every_n_epochs": 1} if kind is LitPPO else {"every_n_train_steps": 2}
+    # 6 optimizer steps for 20 examples in 2 epochs, 8 for 2 rollouts of 4 steps: in the middle and at the end of both.
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2}
+    saver = make_trainer(**options, enable_checkpointing=True, callbacks=saving(tmp_path))
+    whole, want = run(kind, source, make_data(items), saver)
+    for step in (1, 3, 4, 5):
+        again = make_trainer(**options, callbacks=[RandomState()])
+        resumed, got = run(kind, source, make_data(items), again, checkpoint=str(tmp_path / f"step={step}.ckpt"))
+        assert 0 < len(got) < len(want)
+        assert got == want[-len(got) :]
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
-    def trainer():
-        callbacks = [RandomState(), ModelCheckpoint(tmp_path, save_top_k=-1, **saving)]
-        return make_trainer(max_epochs=4, enable_checkpointing=True, callbacks=callbacks, accumulate_grad_batches=2)
 
-    whole, want = run(kind, source, make_data(items), trainer())
-    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("step=")[1]))
-    middle = checkpoints[len(checkpoints) // 2 - 1]
-    resumed, got = run(kind, source, make_data(items), trainer(), checkpoint=str(middle))
-    assert 0 < len(got) < len(want)
-    assert got == want[-len(got) :]
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+def seen_by(stage):
+    """Lets the stage note the examples of each micro-batch: what the returned list will hold."""
+    seen, training_step = [], stage.training_step
+
+    def noting(batch, batch_idx):
+        seen.append(batch.indices.tolist())
+        return training_step(batch, batch_idx)
+
+    stage.training_step = noting
+    return seen
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+def test_a_run_goes_on_with_other_micro_batches_over_the_same_examples(
+    kind, tiny_model, request, make_data, make_trainer, tmp_path
+):
+    items = request.getfixturevalue(CASES[kind])
+
+    def go(accumulate, checkpoint=None, **options):
+        stage = stage_of(kind, ModelSource(path=str(tiny_model)))
+        stage.log = lambda *_, **__: None
+        seen = seen_by(stage)
+        trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate, **options)
+        trainer.fit(stage, datamodule=make_data(items), ckpt_path=checkpoint)
+        return stage, [sorted(chain(*seen[i : i + accumulate])) for i in range(0, len(seen), accumulate)], trainer
+
+    whole, want, trainer = go(2, enable_checkpointing=True, callbacks=saving(tmp_path))
+    for step, accumulate in ((1, 1), (3, 3), (4, 1), (5, 4)):
+        resumed, got, again = go(accumulate, str(tmp_path / f"step={step}.ckpt"))
+        assert got == want[step:]
+        assert again.global_step == trainer.global_step and again.current_epoch == trainer.current_epoch
+        for name, value in resumed.state_dict().items():
+            torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LitSFT, LitPPO], ids=lambda kind: kind.__name__)
+def test_an_epoch_that_was_cut_short_is_not_taken_up_again(
+    kind, tiny_model, request, make_data, make_trainer, tmp_path
+):
+    items = request.getfixturevalue(CASES[kind])
+    source = ModelSource(path=str(tiny_model))
+    options = {"max_epochs": 3, "limit_train_batches": 2}
+    saver = make_trainer(**options, enable_checkpointing=True, callbacks=saving(tmp_path))
+    _, want = run(kind, source, make_data(items), saver)
+    for step in (1, 2, 3, 4):
+        again = make_trainer(**options, callbacks=[RandomState()])
+        _, got = run(kind, source, make_data(items), again, checkpoint=str(tmp_path / f"step={step}.ckpt"))
+        assert got and got == want[-len(got) :]
+        assert again.global_step == 6
 
 
 def test_another_reference_is_refused(tiny_model, pairs, make_data, make_trainer, tmp_path):
@@ -83,10 +142,60 @@ def test_another_reference_is_refused(tiny_model, pairs, make_data, make_trainer
         )
 
 
-def test_a_checkpoint_from_inside_a_rollout_is_refused(tiny_model, prompts, make_data, make_trainer, tmp_path):
+def test_a_rollout_that_was_half_used_is_not_split_anew(tiny_model, prompts, make_data, make_trainer, tmp_path):
     source = ModelSource(path=str(tiny_model))
-    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=3)
-    run(LitPPO, source, make_data(prompts), make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saving]))
-    inside = next(tmp_path.glob("*step=3.ckpt"))
-    with pytest.raises(ValueError, match="in the middle of a rollout"):
-        run(LitPPO, source, make_data(prompts), make_trainer(max_epochs=3), checkpoint=str(inside))
+    saver = make_trainer(max_epochs=1, enable_checkpointing=True, callbacks=saving(tmp_path))
+    run(LitPPO, source, make_data(prompts), saver)
+    other = stage_of(LitPPO, source)
+    other.ppo = PPOSettings(ppo_epochs=1, num_minibatches=4)
+    with pytest.raises(ValueError, match=r"ppo_epochs, num_minibatches = \[2, 2\], now they are \[1, 4\]"):
+        make_trainer(max_epochs=2).fit(other, datamodule=make_data(prompts), ckpt_path=tmp_path / "step=1.ckpt")
+
+
+def other_width(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folder)
+    config.num_hidden_layers = 3
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return {}
+
+
+def other_template(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folder)
+    return {}
+
+
+CHANGES = {
+    "policy.config.num_hidden_layers: it was 2, now it is 3": other_width,
+    "policy.lora: it was None, now it is": lambda folder: {"lora": LoraSettings(r=4)},
+    "policy.dtype: it was float32, now it is float64": lambda folder: {"dtype": "float64"},
+    "the tokenizer differs in .*chat_template": other_template,
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_changed_network_or_tokenizer_is_refused_by_name(
+    message, tiny_model, conversations, make_data, make_trainer, tmp_path
+):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(LitSFT(ModelSource(path=str(folder))), datamodule=make_data(conversations))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    changed = LitSFT(ModelSource(path=str(folder), **CHANGES[message](folder)))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(max_epochs=2).fit(changed, datamodule=make_data(conversations), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tiny_model, conversations, make_data, make_trainer, tmp_path):
+    source, trainer = ModelSource(path=str(tiny_model)), make_trainer(max_epochs=1)
+    trainer.fit(LitSFT(source), datamodule=make_data(conversations))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match="it is of stage sft, this is pt"):
+        make_trainer(max_epochs=2).fit(
+            LitPretrain(source), datamodule=make_data(conversations), ckpt_path=tmp_path / "one.ckpt"
+        )
