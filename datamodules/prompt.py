@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from datamodules.overlong import Overlong, fit_prompt
 from datamodules.rows import Rows
 from datamodules.store import prompt_key
 from datamodules.templates import ChatTemplate
-from lit_align.batch import MicroPlan, PlannedLoader, PromptBatch
+from lit_align.batch import Example, MicroBatch, MicroPlan, PlannedLoader, PromptBatch, StepTotals
 
 
 class PromptDataModule(AlignDataModule):
@@ -56,6 +56,10 @@ class PromptDataModule(AlignDataModule):
     def collate(self) -> Callable[[list, MicroPlan], PromptBatch]:
         """Makes a batch of prompts; there is nothing to lay out yet."""
         return collate_prompts
+
+    def lay_out(self, examples: Sequence[Example], indices: Sequence[int], totals: StepTotals) -> MicroBatch:
+        """A micro-batch of prompts with their answers, packed or padded as configured."""
+        return super().collate()(examples, MicroPlan(tuple(indices), totals))
 
     def micro_batches(self) -> int:
         """1: a rollout takes its prompts together, and splits the training that follows in its own way."""

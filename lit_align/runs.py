@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import zipfile
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -11,6 +13,7 @@ RUNS = "runs"
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 EXPORT = "hf"
+PART = ".part"
 # Set by the process that the user started, read by the ranks that it starts.
 VARIABLE = "LIT_ALIGN_RUN_DIR"
 
@@ -61,28 +64,54 @@ def latest_run(root: str | Path, stage: str) -> Path:
     Raises:
         ValueError: There is none.
     """
+    found = newest_run(root, stage)
+    if found is None:
+        link = Path(root) / stage / LATEST
+        raise ValueError(f"ckpt_path last: there is no run of stage {stage} ({link} does not exist); give run_dir")
+    return found
+
+
+def newest_run(root: str | Path, stage: str) -> Path | None:
+    """The same; None if there is none."""
     link = Path(root) / stage / LATEST
     if not link.exists():
-        raise ValueError(f"ckpt_path last: there is no run of stage {stage} ({link} does not exist); give run_dir")
+        return None
     return link.parent / os.readlink(link) if link.is_symlink() else link
 
 
 def last_checkpoint(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run; if a newer one is not whole, a line says so.
 
     Raises:
         ValueError: There is none.
     """
+    found = newest_checkpoint(run_dir)
+    if found is None:
+        raise ValueError(
+            f"no checkpoint: {run_dir / CHECKPOINTS} holds no whole *.ckpt; the run ended before it saved one"
+        )
+    return found
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The same; None if there is none."""
     folder = run_dir / CHECKPOINTS
-    found = [path for path in folder.glob("*.ckpt") if not path.is_symlink() and _is_whole(path)]
-    if not found:
-        raise ValueError(f"no checkpoint: {folder} holds no *.ckpt; the run ended before it saved one")
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    paths = [path for path in (*folder.glob("*.ckpt"), *folder.glob(f"*.ckpt{PART}")) if not path.is_symlink()]
+    paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    whole = next((path for path in paths if _is_whole(path)), None)
+    for path in paths[: paths.index(whole) if whole else len(paths)]:
+        if _rank() == 0:
+            instead = f"going on from {whole.name}" if whole else "there is no older one"
+            print(f"{path}: this checkpoint was not written to its end; {instead}", file=sys.stderr)
+    return whole
 
 
 def _is_whole(path: Path) -> bool:
+    if path.is_file():
+        # A checkpoint is a zip archive, whose list of contents stands at its end.
+        return path.suffix != PART and zipfile.is_zipfile(path)
     # A sharded checkpoint is a folder; these two files are written last.
-    return path.is_file() or all((path / name).is_file() for name in (".metadata", "meta.pt"))
+    return all((path / name).is_file() for name in (".metadata", "meta.pt"))
 
 
 def _announced(folder: Path) -> Path:

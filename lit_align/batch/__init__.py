@@ -1,7 +1,7 @@
 """The data contract between data modules, rollouts and stages: types, layouts (packing) and step plans."""
 
 from lit_align.batch.loader import PlannedLoader
-from lit_align.batch.packing import pack, pad
+from lit_align.batch.packing import LayOut, pack, pad
 from lit_align.batch.plan import MicroPlan, epoch_order, plan_epoch, plan_step, split_step
 from lit_align.batch.types import (
     IGNORE_INDEX,
@@ -18,6 +18,7 @@ __all__ = [
     "IGNORE_INDEX",
     "Branch",
     "Example",
+    "LayOut",
     "MicroBatch",
     "MicroPlan",
     "PlannedLoader",

@@ -8,13 +8,16 @@ layout is tested against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lit_align.batch.types import Branch, Example, MicroBatch, Scored, Segment, StepTotals
+
+LayOut = Callable[[Sequence[Example], Sequence[int], StepTotals], MicroBatch]
+"""Makes a micro-batch from examples, their indices and the step's totals, as `pack` and `pad` do."""
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int], totals: StepTotals) -> MicroBatch:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align import runs
-from lit_align.callbacks import ExportHF, PredictionRows, RandomState, SaveRun
+from lit_align.callbacks import Checkpoints, ExportHF, PredictionRows, Preemption, RandomState, SaveRun
+from lit_align.checkpoint_io import WholeCheckpointIO
 from lit_align.cli.errors import explain, message_for_user
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.keys import class_at
@@ -111,7 +113,20 @@ class AlignCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Folder of the run: configuration, checkpoints, metrics, export. "
-            "Default: runs/<stage>/<time>; with --ckpt_path last, the newest run of the stage.",
+            "Default: runs/<stage>/<time>; with --ckpt_path last or --resume true, the newest run of the stage.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="Go on from the newest whole checkpoint of the run folder, if there is one; else begin. "
+            "So the same command starts a run and takes it up again after it was killed.",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int | None,
+            default=None,
+            help="Optimizer steps between checkpoints inside an epoch; default: only at the end of epochs.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -148,6 +163,10 @@ class AlignCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             given = given or runs.latest_run(root, stage)
             config["ckpt_path"] = str(runs.last_checkpoint(Path(given)))
+        elif config.get("resume") and self.subcommand == "fit" and config.get("ckpt_path") is None:
+            newest = given or runs.newest_run(root, stage)
+            if newest is not None and (found := runs.newest_checkpoint(Path(newest))):
+                given, config["ckpt_path"] = newest, str(found)
         if given is not None:
             return runs.given_run_dir(given)
         self._fresh = True
@@ -175,9 +194,16 @@ class AlignCLI(LightningCLI):
         loggers = self._loggers(config.get("logger"), self.run_dir)
         callbacks = _as_list(config.get("callbacks"))
         callbacks += self._default_callbacks(callbacks, config, bool(loggers), self.run_dir)
+        plugins = _as_list(config.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpointIO())
         with _building((*self.packages, "lightning")):
             return super().instantiate_trainer(
-                default_root_dir=str(self.run_dir), logger=loggers or False, callbacks=callbacks, **kwargs
+                default_root_dir=str(self.run_dir),
+                logger=loggers or False,
+                callbacks=callbacks,
+                plugins=plugins,
+                **kwargs,
             )
 
     def _loggers(self, given: Any, run_dir: Path) -> list[Logger]:
@@ -195,22 +221,12 @@ class AlignCLI(LightningCLI):
         if config.get("fast_dev_run"):
             return []
         folder = run_dir / runs.CHECKPOINTS
-        defaults: list[Callback] = [RandomState(), ExportHF()]
+        saves = config.get("enable_checkpointing") is not False
+        defaults: list[Callback] = [RandomState(), ExportHF(), Preemption(str(folder) if saves else None)]
         if logs:
             defaults.append(LearningRateMonitor(logging_interval="step"))
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in given):
-            # Two, because a run may be killed while it writes one.
-            defaults.append(
-                ModelCheckpoint(
-                    folder,
-                    "step{step:06d}",
-                    "step",
-                    mode="max",
-                    save_top_k=2,
-                    save_last="link",
-                    auto_insert_metric_name=False,
-                )
-            )
+        if saves and not any(isinstance(callback, Checkpoint) for callback in given):
+            defaults.append(Checkpoints(str(folder), self.command_config.get("checkpoint_every")))
         for callback in given:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)

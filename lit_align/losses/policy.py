@@ -119,8 +119,10 @@ def clipped_value_loss(
     if clip_range is None:
         return ValueLoss(0.5 * free, torch.zeros_like(free, dtype=torch.bool))
     check_range("clip_range", clip_range, 0)
-    held = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns).square()
-    return ValueLoss(0.5 * torch.maximum(free, held), held > free)
+    step = values - old_values
+    held = (old_values + step.clamp(-clip_range, clip_range) - returns).square()
+    # Inside the range both are the same but for rounding, which is not to be counted as a clip.
+    return ValueLoss(0.5 * torch.maximum(free, held), (held > free) & (step.abs() > clip_range))
 
 
 def kl_estimates(token_logps: Tensor, reference_token_logps: Tensor, kind: KLKind = "k1") -> Tensor:

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from lit_align.batch import Example, MicroBatch, MicroPlan, PlannedLoader, PromptBatch, epoch_order, pack, plan_step
+from lit_align.batch import (
+    Example,
+    LayOut,
+    MicroBatch,
+    MicroPlan,
+    PlannedLoader,
+    PromptBatch,
+    epoch_order,
+    pack,
+    plan_step,
+)
 from lit_align.rollout.saved import pack_examples, unpack_examples
 
 Collect = Callable[[PromptBatch, int], Sequence[Example]]
@@ -29,6 +39,7 @@ class RolloutLoader:
         num_minibatches: Optimizer steps per pass; the rollout is split in as many near-equal parts.
         micro_batches: Micro-batches that each rank accumulates for an optimizer step.
         seed: Of the order of each pass.
+        lay_out: Makes a micro-batch of examples, as `pack` does.
 
     Attributes:
         seen: Micro-batches of this rollout already handed out.
@@ -45,6 +56,7 @@ class RolloutLoader:
         num_minibatches: int,
         micro_batches: int,
         seed: int = 0,
+        lay_out: LayOut = pack,
     ) -> None:
         sizes = np.diff(prompts.plan(prompts.epoch).bounds)
         if (smallest := int(sizes.min())) < num_minibatches:
@@ -54,7 +66,7 @@ class RolloutLoader:
             )
         self.prompts, self.collect = prompts, collect
         self.ppo_epochs, self.num_minibatches = ppo_epochs, num_minibatches
-        self.micro_batches, self.seed = micro_batches, seed
+        self.micro_batches, self.seed, self.lay_out = micro_batches, seed, lay_out
         self.seen = 0
         self.epoch_over: Callable[[], bool] = bool
         self._saved: dict[str, Any] | None = None
@@ -74,7 +86,7 @@ class RolloutLoader:
         self._restored = False
         for plan in self._plans(first_step=self.seen // self.micro_batches):
             self.seen += 1
-            yield pack([self._examples[i] for i in plan.indices], plan.indices, plan.totals)
+            yield self.lay_out([self._examples[i] for i in plan.indices], plan.indices, plan.totals)
 
     def _roll_out(self) -> None:
         prompts = self._next_prompts()

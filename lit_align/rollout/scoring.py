@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lit_align.batch import Example, MicroBatch, StepTotals, pack
+from lit_align.batch import Example, LayOut, MicroBatch, StepTotals, pack
 from lit_align.models import scalar_at_ends, scalar_at_sources, sequence_lengths, token_logps
 from lit_align.models.modes import evaluating
 
@@ -28,11 +28,13 @@ def check_vocabulary(policy: nn.Module, reward_model: nn.Module) -> None:
         )
 
 
-def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """The examples in their order, `batch_size` at a time, packed, on the device."""
+def micro_batches(
+    examples: Sequence[Example], batch_size: int, device: torch.device, lay_out: LayOut = pack
+) -> Iterator[MicroBatch]:
+    """The examples in their order, `batch_size` at a time, laid out, on the device."""
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
-        yield pack(chunk, range(start, start + len(chunk)), _TOTALS).to(device)
+        yield lay_out(chunk, range(start, start + len(chunk)), _TOTALS).to(device)
 
 
 def answer_logps(model: nn.Module, batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:

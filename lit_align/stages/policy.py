@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_align.batch import MicroBatch, PromptBatch
+from lit_align.batch import LayOut, MicroBatch, PromptBatch, pack
 from lit_align.models import base_model, sequence_sums, token_logps
 from lit_align.models.head import check_head
 from lit_align.models.load import load_causal_lm, load_tokenizer
@@ -52,6 +52,11 @@ class PolicyStage(Stage):
             self.tokenizer = load_tokenizer(self.policy_source, "policy")
             self.policy = load_causal_lm(self.policy_source, "policy")
             check_head(base_model(self.policy))
+
+    @property
+    def lay_out(self) -> LayOut:
+        """How answers are laid out: as the data module does; packed where it does not say."""
+        return getattr(self.trainer.datamodule, "lay_out", pack)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -108,7 +113,7 @@ class ReferencedStage(PolicyStage):
             return None
         answers = [(answer,) for answer in self.answer(batch.prompt_ids, sampling)]
         examples = as_examples(batch.prompt_ids, answers)
-        packed = list(micro_batches(examples, sampling.batch_size, self.device))
+        packed = list(micro_batches(examples, sampling.batch_size, self.device, self.lay_out))
         logps = answer_logps(self.policy, packed, sampling.temperature)
         with reference_policy(self.policy, self.reference) as reference:
             reference_logps = answer_logps(reference, packed, sampling.temperature)

@@ -216,7 +216,9 @@ class LitPPO(ReferencedStage):
         noise = answer_noise(keys, self.sampling.max_new_tokens)
         flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
         answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]
-        packed = list(micro_batches(as_examples(prompts, answers), self.ppo.scoring_batch_size, self.device))
+        packed = list(
+            micro_batches(as_examples(prompts, answers), self.ppo.scoring_batch_size, self.device, self.lay_out)
+        )
         scores = answer_scores(
             self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
         )
@@ -278,6 +280,7 @@ class LitPPO(ReferencedStage):
             num_minibatches=self.ppo.num_minibatches,
             micro_batches=self.trainer.accumulate_grad_batches,
             seed=prompts.seed,
+            lay_out=self.lay_out,
         )
 
 

@@ -29,6 +29,17 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
         counts.update({name: steps * now for name in ("ready", "started", "processed")}, completed=steps * now - lag)
 
 
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Lets a run that goes on from the last batch of an epoch begin the next one as every other epoch is begun.
+
+    Lightning counts the old epoch as done, but then takes the new one for the rest of the old: it does not call
+    `on_train_epoch_start`, and does not count it as begun, so that a second resume would train an epoch too many.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
+        loop.reset_restart_stage()
+
+
 def announce_epoch_end(trainer: Trainer) -> None:
     """Lets the loader know when the trainer takes no more of an epoch: `limit_train_batches` may leave a rest."""
     loader, progress = trainer.train_dataloader, trainer.fit_loop.epoch_loop.batch_progress

@@ -18,7 +18,7 @@ from lit_align.models.modes import has_adapters
 from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
-from lit_align.stages.progress import announce_epoch_end, follow_epoch_length, recount
+from lit_align.stages.progress import announce_epoch_end, begin_next_epoch, follow_epoch_length, recount
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -83,7 +83,8 @@ class Stage(LightningModule):
         return means
 
     def on_train_start(self) -> None:
-        """Lets the cursor of the data know about `limit_train_batches`."""
+        """Mends what Lightning's own resume leaves open."""
+        begin_next_epoch(self.trainer)
         announce_epoch_end(self.trainer)
 
     def on_train_epoch_start(self) -> None:

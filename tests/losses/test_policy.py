@@ -167,3 +167,11 @@ def test_value_range_and_unknown_estimator_are_refused():
         clipped_value_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), clip_range=0.0)
     with pytest.raises(ValueError, match="'k1', 'k2' or 'k3', got 'k4'"):
         kl_estimates(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_a_value_that_has_not_moved_is_not_counted_as_clipped():
+    g = torch.Generator().manual_seed(0)
+    old = torch.rand(2000, generator=g) * 3
+    values = old + (torch.rand(2000, generator=g) - 0.5) * 1e-6
+    loss = clipped_value_loss(values, old, torch.rand(2000, generator=g), 0.2)
+    assert not loss.clipped.any()

@@ -74,6 +74,29 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_run(
         assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
+@pytest.mark.parametrize("until", [{"max_epochs": 4}, {"max_steps": 15}], ids=["epochs", "steps"])
+def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(
+    until, tiny_model, prompts, make_data, make_trainer, tmp_path
+):
+    """Lightning 2.6 loses count of the epochs there; `begin_next_epoch` mends it."""
+    source = ModelSource(path=str(tiny_model))
+
+    def trainer(folder):
+        return make_trainer(**until, enable_checkpointing=True, callbacks=saving(tmp_path / folder))
+
+    def progress(folder, step):
+        loop = torch.load(tmp_path / folder / f"step={step}.ckpt", weights_only=True)["loops"]["fit_loop"]
+        return {name: value for name, value in loop.items() if "progress" in name or name == "epoch_loop.state_dict"}
+
+    _, want = run(LitPPO, source, make_data(prompts), trainer("a"))
+    run(LitPPO, source, make_data(prompts), trainer("b"), checkpoint=str(tmp_path / "a" / "step=4.ckpt"))
+    assert all(progress("b", step) == progress("a", step) for step in range(5, 16))
+    last = trainer("c")
+    _, got = run(LitPPO, source, make_data(prompts), last, checkpoint=str(tmp_path / "b" / "step=8.ckpt"))
+    assert got and got == want[-len(got) :]
+    assert last.global_step == until.get("max_steps", 16)
+
+
 def seen_by(stage):
     """Lets the stage note the examples of each micro-batch: what the returned list will hold."""
     seen, training_step = [], stage.training_step

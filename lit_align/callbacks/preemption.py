@@ -1,0 +1,81 @@
+"""SIGTERM: what a cluster sends before it takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed
+
+
+class Preemption(Callback):
+    """After a SIGTERM to any rank, writes a checkpoint at the next optimizer step and ends the run.
+
+    Lightning then raises its `SIGTERMException`; the command line ends with exit code 143.
+
+    Args:
+        folder: Where the checkpoint, `preempted.ckpt`, is written; None = nothing is written.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self._told = False
+        self._step = 0
+        self._previous: Any = None
+        self._group: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens for the signal."""
+        self._told, self._step = False, trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._tell)
+        if trainer.world_size > 1:
+            # The ranks agree on the CPU: asking a GPU would wait for all that it still has to do.
+            self._group = distributed.new_group(backend="gloo")
+            # Lightning would ask all ranks before every micro-batch, and read the answer from the device.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the checkpoint if a step has just been made and some rank was told to stop."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if not self._any_rank_told():
+            return
+        if self.folder is not None:
+            path = Path(self.folder) / "preempted.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"SIGTERM: the run stops after step {self._step}; it can go on from {path}")
+        else:
+            rank_zero_info(f"SIGTERM: the run stops after step {self._step}; checkpoints are off, nothing was saved")
+        # Lightning ends the run once this batch is accounted for and its metrics are logged.
+        trainer._signal_connector.received_sigterm = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts the former handler back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    def _any_rank_told(self) -> bool:
+        if self._group is None:
+            return self._told
+        told = torch.tensor([float(self._told)])
+        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self._group)
+        return bool(told.item())
+
+
+def _nothing() -> None:
+    pass
