@@ -14,11 +14,14 @@ from datamodules.arguments import at_least, check_batch, held_out_fraction, one_
 from datamodules.examples import Collate, Examples, Layout
 from datamodules.formats import resolve
 from datamodules.identity import check_same, identity_of
+from datamodules.inspection import Inspection
+from datamodules.mixtures import mixture_note, mixture_weights
 from datamodules.overlong import Overlong
 from datamodules.report import DataReport, SplitReport
 from datamodules.rows import Rows
 from datamodules.splitting import hold_out
 from datamodules.store import Encoder, OnError, Tokenised, tokenise
+from datamodules.streaming import check_streaming, open_stream, stream_loader
 from lit_align.batch import PlannedLoader
 
 if TYPE_CHECKING:
@@ -28,13 +31,15 @@ SourceSpec = dict[str, Any] | list[Any] | str | None
 SPLITS = ("train", "validation", "test", "predict")
 
 
-class AlignDataModule(LightningDataModule):
+class AlignDataModule(Inspection, LightningDataModule):
     """Reads, checks and tokenises data, and loads it by the step plan.
 
     Args:
         train: Where the training data is: a file (txt, json, jsonl, parquet), a folder, a glob, the id of a
             `datasets` dataset, an object {"path", "name", "split", "revision", "data_files"} as
-            `datasets.load_dataset` takes them, or a list of these.
+            `datasets.load_dataset` takes them, or a list of these. In a mixture an object has a "weight" too: how
+            often an epoch sees each of the source's examples. 2 = twice; 0.5 = a half of them, another half drawn
+            from (seed, epoch) in every epoch; 1.5 = all of them, and a half once more.
         validation: The same for held-out data, or a fraction between 0 and 1 to split off the training data by
             prompt, so that no prompt is on both sides.
         test: The same for `test`.
@@ -56,6 +61,9 @@ class AlignDataModule(LightningDataModule):
         layout: "packed" = one row without padding, prefixes shared; "padded" = a rectangle with one row a sequence.
         padding_side: Side of the padding of the padded layout, "right" or "left".
         cache_dir: Where tokenised data is kept; default $LIT_ALIGN_CACHE, else ~/.cache/lit_align.
+        streaming: Read and tokenise the training data window by window while the model trains, and keep nothing of
+            it; it needs `trainer.max_steps`. Not for prompts, mixtures or a held-out fraction.
+        stream_window: Raw records of a window; records are shuffled inside it alone.
 
     Attributes:
         report: What became of the records, split by split; filled by `setup`.
@@ -81,11 +89,15 @@ class AlignDataModule(LightningDataModule):
         layout: Layout = "packed",
         padding_side: Literal["left", "right"] = "right",
         cache_dir: str | None = None,
+        streaming: bool = False,
+        stream_window: int = 10_000,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._held_out = held_out_fraction(validation)
         check_batch(batch_size, max_tokens, eval_batch_size)
+        check_streaming(streaming, stream_window, self._held_out)
+        self.streaming, self.stream_window = streaming, stream_window
         at_least("max_length", max_length, 2)
         one_of("on_error", on_error, ("raise", "skip"))
         one_of("overlong", overlong, ("raise", "drop", "truncate"))
@@ -148,16 +160,22 @@ class AlignDataModule(LightningDataModule):
         """Tokenises what is not in the cache yet; Lightning calls it on one process of a node."""
         trainer = self.trainer
         stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
-        self._prepared = {split: self._tokenise(split) for split in self._needed(stage)}
+        splits = [split for split in self._needed(stage) if not (self.streaming and split == "train")]
+        self._prepared = {split: self._tokenise(split) for split in splits}
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokenised data, splits off held-out data and reports what became of the records."""
         self.report, self.datasets, self._identity = DataReport(), {}, {}
         self._train_loader, self._cursor = None, {}
         for split in self._needed(stage):
+            if self.streaming and split == "train":
+                self.report.splits[split], parts = open_stream(self)
+                self._identity = identity_of(parts, self.plan_settings())
+                continue
             done = self._prepared.pop(split, None) or self._tokenise(split)
+            done.rows.weights = mixture_weights(resolve(self.sources[split]), split)
             if split == "train":
-                self._identity = identity_of(done.parts, self.plan_settings())
+                self._identity = identity_of(done.parts, {**self.plan_settings(), "weights": done.rows.weights})
             if split == "train" and self._held_out is not None:
                 train, held_out, note = self.split(done.rows, self._held_out)
                 self._add("train", train, done.report)
@@ -186,7 +204,7 @@ class AlignDataModule(LightningDataModule):
 
     def train_loader(self) -> Any:
         """What is iterated to train, with `state_dict` and `load_state_dict` for its cursor."""
-        return self.loader("train", shuffle=True)
+        return stream_loader(self) if self.streaming else self.loader("train", shuffle=True)
 
     def val_dataloader(self) -> Iterable:
         """Validation batches in file order; nothing if there is no validation data."""
@@ -219,6 +237,7 @@ class AlignDataModule(LightningDataModule):
             micro_batches=self.micro_batches() if split == "train" else 1,
             shuffle=shuffle,
             seed=self.seed,
+            copies=dataset.copies if split == "train" else None,
             num_workers=self.num_workers,
         )
 
@@ -237,7 +256,7 @@ class AlignDataModule(LightningDataModule):
         Raises:
             ValueError: The data, the tokenizer or a setting of the plan is not what the run began with.
         """
-        if "train" not in self.datasets:  # nothing is resumed: validate, test or predict
+        if not self._identity:  # nothing is resumed: validate, test or predict
             return
         check_same(state_dict["identity"], self.identity())
         self._cursor = dict(state_dict["cursor"])
@@ -274,4 +293,5 @@ class AlignDataModule(LightningDataModule):
     def _add(self, split: str, examples: Examples, report: SplitReport) -> None:
         report.examples, report.tokens = len(examples), int(examples.lengths.sum())
         report.trained = float(examples.trained_weights.sum())
+        report.note = mixture_note(examples.copies) if split == "train" else report.note
         self.datasets[split], self.report.splits[split] = examples, report

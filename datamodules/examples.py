@@ -24,13 +24,16 @@ class Examples(Dataset):
     Attributes:
         lengths: Unique tokens of each example, int64 [N].
         trained_weights: Sum of the weights of each example's scored tokens, float64 [N].
+        copies: How often an epoch of training sees each example, float64 [N]; None = once.
     """
 
     lengths: np.ndarray
     trained_weights: np.ndarray
+    copies: np.ndarray | None
 
     def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
         self.rows, self.chosen = rows, chosen
+        self.copies = rows.copies(chosen)
 
     def __len__(self) -> int:
         return len(self.lengths)

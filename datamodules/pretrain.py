@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,8 @@ class PretrainDataModule(AlignDataModule):
 
     A text file is one document; json, jsonl and parquet files hold one document a record, {"text": ...}. The last
     block may be shorter (a single left-over token, which nothing could predict, is left out). A fraction for
-    `validation` is split off by document; of a single document, its last blocks are held out.
+    `validation` is split off by document; of a single document, its last blocks are held out. No block holds text of
+    sources of different weights.
 
     Args:
         block_size: Tokens of a block.
@@ -73,44 +76,73 @@ class BlockExamples(Examples):
         rows: Tokenised pieces of documents, each document's last one with EOS at its end.
         chosen: The rows to join.
         block_size: Tokens of a block.
-        blocks: The blocks to keep; None = all.
+
+    Attributes:
+        starts: Where each block begins in the joined text, in tokens, int64 [N].
     """
 
-    def __init__(self, rows: Rows, chosen: np.ndarray, block_size: int, blocks: range | None = None) -> None:
-        super().__init__(rows, chosen)
+    def __init__(self, rows: Rows, chosen: np.ndarray, block_size: int) -> None:
+        copies = rows.copies(chosen)
+        weights = np.ones(len(chosen)) if copies is None else copies
+        # No block holds text of two weights, so text of equal weight stands together.
+        order = np.argsort(weights, kind="stable")
+        super().__init__(rows, chosen[order])
         self.block_size = block_size
-        self._stops = np.cumsum(rows.ragged("input_ids").lengths[chosen])
-        total = int(self._stops[-1]) - 1  # EOS stands between documents, not after the last one
-        lengths = np.full(-(-total // block_size), block_size, dtype=np.int64)
-        lengths[-1:] = total - block_size * (len(lengths) - 1)
-        if len(lengths) and lengths[-1] == 1:
-            lengths = lengths[:-1]
-        self.blocks = range(len(lengths)) if blocks is None else blocks
-        self.lengths = lengths[self.blocks.start : self.blocks.stop]
+        self._stops = np.cumsum(rows.ragged("input_ids").lengths[self.chosen])
+        cuts = [_cut(text, self._stops, block_size) for text in _texts(weights[order])]
+        self.starts, self.lengths = (np.concatenate(parts) for parts in zip(*cuts, strict=True))
         self.trained_weights = (self.lengths - 1).astype(np.float64)
+        if copies is not None:
+            self.copies = weights[order][self._row(self.starts)]
 
     def __getitem__(self, index: int | slice) -> Any:
         """A block as an example; a slice gives the examples of fewer blocks."""
         if isinstance(index, slice):
-            return BlockExamples(self.rows, self.chosen, self.block_size, self.blocks[index])
-        ids = torch.from_numpy(self._tokens(self.blocks[index] * self.block_size, int(self.lengths[index])))
+            return self._part(index)
+        ids = torch.from_numpy(self._tokens(int(self.starts[index]), int(self.lengths[index])))
         return Example(prefix_ids=ids[:0], branches=(Branch(ids, torch.ones(len(ids))),))
 
     def origin(self, index: int) -> str:
         """Where the block begins, "file:line" (of its document, or of the piece of it)."""
-        row = np.searchsorted(self._stops, self.blocks[index] * self.block_size, side="right")
-        return self.rows.text("origin", self.chosen[row])
+        return self.rows.text("origin", self.chosen[self._row(self.starts[index])])
+
+    def _row(self, start: Any) -> Any:
+        """Which of the chosen rows holds the token at a place of the joined text."""
+        return np.searchsorted(self._stops, start, side="right")
+
+    def _part(self, blocks: slice) -> BlockExamples:
+        part = copy(self)
+        for name in ("starts", "lengths", "trained_weights"):
+            setattr(part, name, getattr(self, name)[blocks])
+        part.copies = None if self.copies is None else self.copies[blocks]
+        return part
 
     def _tokens(self, start: int, size: int) -> np.ndarray:
         """Tokens `start : start + size` of the joined text, int64."""
         column, parts = self.rows.ragged("input_ids"), []
-        row = int(np.searchsorted(self._stops, start, side="right"))
+        row = int(self._row(start))
         while size > 0:
             ids = column[int(self.chosen[row])]
             at = start - (int(self._stops[row]) - len(ids))
             parts.append(ids[at : at + size])
             start, size, row = start + len(parts[-1]), size - len(parts[-1]), row + 1
         return np.concatenate(parts).astype(np.int64)
+
+
+def _texts(weights: np.ndarray) -> list[range]:
+    """Runs of rows with equal weights: each is a text of its own."""
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    return [range(a, b) for a, b in pairwise(bounds)]
+
+
+def _cut(text: range, stops: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of each block of the text that lies in some rows, int64 each."""
+    start = int(stops[text.start - 1]) if text.start else 0
+    total = int(stops[text.stop - 1]) - start - 1  # EOS stands between documents, not after the last one
+    starts = np.arange(0, max(total, 0), block_size, dtype=np.int64)
+    lengths = np.minimum(total - starts, block_size)
+    whole = lengths > 1  # a single left-over token, which nothing could predict
+    return start + starts[whole], lengths[whole]
 
 
 @dataclass(frozen=True)

@@ -42,17 +42,25 @@ class Rows:
 
     Args:
         table: As written by the tokenisation.
+
+    Attributes:
+        weights: How often an epoch sees the rows of each source, by the source's number; None = every row once.
     """
 
     def __init__(self, table: datasets.Dataset) -> None:
         self.table = table
+        self.weights: tuple[float, ...] | None = None
         self._columns: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getstate__(self) -> dict:
-        return {"table": self.table, "_columns": {}}
+        return {"table": self.table, "weights": self.weights, "_columns": {}}
+
+    def copies(self, chosen: np.ndarray) -> np.ndarray | None:
+        """How often an epoch sees each of the chosen rows, float64 [N]; None = once."""
+        return None if self.weights is None else np.array(self.weights)[self.numbers("source")[chosen]]
 
     def ragged(self, name: str) -> Ragged:
         """A column of lists."""

@@ -160,17 +160,17 @@ class Guard:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Names and types of what it makes: the encoder's row, what was cut of it ("a|b"), and a fault as text."""
-        return {**self.encoder.columns, "cut": "string", "fault": "string"}
+        """Names and types of what it makes: the encoder's row, its source, what was cut ("a|b"), a fault as text."""
+        return {**self.encoder.columns, "source": "int64", "cut": "string", "fault": "string"}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row of a raw record, {"text", "origin", "continues"}."""
-        place = Place(row["origin"])
+        """The row of a raw record, {"text", "origin", "continues", "source"}."""
+        place, more = Place(row["origin"]), {"source": row["source"]}
         try:
             columns, cuts = self.encoder(parse_json(row["text"], place), place, row["continues"])
         except DataError as error:
-            return {**self.empty, "cut": "", "fault": error.dump()}
-        return {**columns, "cut": "|".join(cuts), "fault": ""}
+            return {**self.empty, **more, "cut": "", "fault": error.dump()}
+        return {**columns, **more, "cut": "|".join(cuts), "fault": ""}
 
     def refuses(self, error: DataError) -> bool:
         """Whether the fault's policy is to end it all."""
@@ -185,9 +185,9 @@ def _build(folder: Path, sources: Sequence[Source], guard: Guard, num_proc: int 
     try:
         report = SplitReport()
         table = table_of(_checked(read_all(sources, guard, report), report), guard, building, num_proc, name)
-        kept = _keep(table, guard, report) if table is not None else None
+        kept = keep(table, guard, report) if table is not None else None
         if kept is None or not len(kept):
-            raise ValueError(_nothing_left(sources, report))
+            raise ValueError(nothing_left(sources, report))
         with without_progress_bar():
             kept.save_to_disk(str(building / "entry" / "rows"))
         (building / "entry" / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
@@ -228,11 +228,11 @@ def _write_raw(path: Path, records: Iterator[RawRecord]) -> datasets.Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    schema = pa.schema([("text", pa.large_string()), ("origin", pa.string()), ("continues", pa.bool_())])
+    kinds = {"text": pa.large_string(), "origin": pa.string(), "continues": pa.bool_(), "source": pa.int64()}
+    schema = pa.schema(list(kinds.items()))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(records, BATCH)):
-            columns = [[r.text for r in batch], [r.origin for r in batch], [r.continues for r in batch]]
-            arrays = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
+            arrays = [pa.array([getattr(record, name) for record in batch], kind) for name, kind in kinds.items()]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
     return Dataset.from_file(str(path))
 
@@ -242,7 +242,7 @@ def _map(raw: datasets.Dataset, guard: Guard, num_proc: int | None, building: Pa
     return raw.map(
         guard,
         remove_columns=raw.column_names,
-        features=_features(guard.columns),
+        features=features_of(guard.columns),
         num_proc=num_proc,
         cache_file_name=str(building / "mapped.arrow"),
         new_fingerprint=building.name.strip("."),  # ours is the key of the folder: hashing the function tells nothing
@@ -250,13 +250,14 @@ def _map(raw: datasets.Dataset, guard: Guard, num_proc: int | None, building: Pa
     )
 
 
-def _features(columns: dict[str, str]) -> datasets.Features:
+def features_of(columns: dict[str, str]) -> datasets.Features:
+    """The types of columns as the library names them."""
     from datasets import Features, Sequence, Value
 
     return Features({k: Sequence(Value(v[:-2])) if v.endswith("[]") else Value(v) for k, v in columns.items()})
 
 
-def _keep(table: datasets.Dataset, guard: Guard, report: SplitReport) -> datasets.Dataset:
+def keep(table: datasets.Dataset, guard: Guard, report: SplitReport) -> datasets.Dataset:
     """Raises or counts faults, counts cuts, and takes off the table what is left out."""
     faulty = np.array([fault != "" for fault in table.data.column("fault").to_pylist()])
     faults = [DataError.load(table.data.column("fault")[int(row)].as_py()) for row in np.flatnonzero(faulty)]
@@ -270,7 +271,8 @@ def _keep(table: datasets.Dataset, guard: Guard, report: SplitReport) -> dataset
     return kept.remove_columns(["cut", "fault"])
 
 
-def _nothing_left(sources: Sequence[Source], report: SplitReport) -> str:
+def nothing_left(sources: Sequence[Source], report: SplitReport) -> str:
+    """Why there is not a single example."""
     names = ", ".join(source.path for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
     if not report.records:
         return f"{names}: found no record, expected at least one"

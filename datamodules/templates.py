@@ -157,11 +157,9 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[dict], place: Place, *, generation: bool = False
     ) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.render(messages, tools, generation=generation)
-        except TemplateError as error:
+        except Exception as error:  # a template is other people's code, and a record's tools may hold any JSON
             roles = " ".join(message.role for message in messages)
             found = f"turns that the tokenizer's chat template refuses ({error}): {roles}"
             raise place.fault("chat template", found, "turns that it can render", "") from None

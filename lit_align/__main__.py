@@ -14,6 +14,10 @@ train and use one stage (LightningCLI; see COMMAND --help):
   test       metrics on the test split
   predict    rewards, answers or log-probabilities, as rows in the run folder
 
+before a run:
+  data       check every record, or preview what the model will see:  lit-align data check --config configs/sft.yaml
+  check      whether the update depends on how its work is split:  lit-align check --config configs/dpo.yaml
+
 around the stages:
   pipeline   stages in a row, and a table of what each achieved:  --config configs/pipeline.yaml
   export     checkpoint, run folder or .gguf file to a Hugging Face folder:  --checkpoint PATH --out FOLDER
@@ -21,6 +25,9 @@ around the stages:
 
 TRAINING = ("fit", "validate", "test", "predict")
 PLAIN = ("pipeline", "export")
+DATA = ("data",)
+CHECK = ("check",)
+COMMANDS = (*TRAINING, *PLAIN, *DATA, *CHECK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if args[0] not in (*TRAINING, *PLAIN):
+    if args[0] not in COMMANDS:
         return _unknown_command(args[0])
     # The console script does not have the working directory on its path, `python -m` does; plugins may live there.
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
@@ -52,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Lightning is imported only where it is needed: it takes seconds.
     if args[0] in TRAINING:
         from lit_align.cli.training import run
+    elif args[0] in DATA:
+        from lit_align.cli.data import run
+    elif args[0] in CHECK:
+        from lit_align.cli.check import run
     else:
         from lit_align.cli.plain import run
     return run(args)
@@ -60,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unknown_command(name: str) -> int:
     from difflib import get_close_matches
 
-    close = get_close_matches(name, (*TRAINING, *PLAIN), n=1)
+    close = get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     print(f"lit-align: there is no command {name!r}{hint}\n\n{USAGE}", file=sys.stderr)
     return 2

@@ -7,10 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 SHOWN = 60
 """Characters of a faulty value that a message quotes."""
+
+SHOWN_NAMES = 20
+"""Fields of a faulty record that a message names."""
 
 SHOWN_FAULTS = 5
 """Faults that are quoted in full; all are counted."""
@@ -29,6 +33,8 @@ class DataError(ValueError):
     """
 
     def __init__(self, reason: str, origin: str, field: str, found: str, expected: str, mend: str = "") -> None:
+        # Whatever stands in the data: the message can be printed and written to a file.
+        origin, field, found, mend = map(encodable, (origin, field, found, mend))
         where = f"{origin}: {field}" if field else origin
         super().__init__(f"{where}: found {found}; expected {expected}{'. ' + mend if mend else ''}")
         self.reason, self.origin, self.field = reason, origin, field
@@ -88,7 +94,7 @@ class Place:
 
     def __getitem__(self, key: str | int) -> Place:
         """The place of a member: a field by name, an item by number."""
-        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.field else key
+        step = f"[{key}]" if isinstance(key, int) else f".{_short(key)}" if self.field else _short(key)
         return Place(self.origin, self.field + step)
 
     def fault(self, reason: str, found: str, expected: str, mend: str = "") -> DataError:
@@ -108,13 +114,24 @@ def quote(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {_short(value)!a}" if not value.isprintable() else f'the text "{_short(value)}"'
     if isinstance(value, dict):
-        return f"an object with the fields {', '.join(map(str, value)) or '(none)'}"
+        return f"an object with the fields {field_names(value) or '(none)'}"
     return f"{names.get(type(value), type(value).__name__)} ({_short(str(value))})"
+
+
+def field_names(record: dict) -> str:
+    """The names of a record's fields, as many of them as a message can hold."""
+    names = [_short(str(name)) for name in islice(record, SHOWN_NAMES)]
+    return ", ".join(names) + f" and {len(record) - SHOWN_NAMES} more" * (len(record) > SHOWN_NAMES)
+
+
+def encodable(text: str) -> str:
+    """The text with halves of surrogate pairs written as escapes (odd file names and odd records hold them)."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence that names the known word closest to `word`, or nothing."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    close = difflib.get_close_matches(word[:SHOWN].lower(), list(known), n=1)
     return f'Did you mean "{close[0]}"?' if close else ""
 
 

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.formats.errors import Place, quote
+from datamodules.formats.errors import DataError, Place, field_names, quote
+
+MAX_DEPTH = 100
+"""Lists and objects within each other that a record may hold: all that reads or renders it later gets along with it."""
+
+LARGEST = 1e6
+"""The largest number of a record that means anything: products of two still fit in float32."""
 
 
 def parse_json(text: str, place: Place) -> Any:
     """The JSON value in `text`; invalid JSON is a fault that says where it breaks."""
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
+    except _DuplicateField as error:
+        found, mend = f"the field {quote(str(error)).removeprefix('the text ')} twice in one object", "Delete one"
+        raise place.fault("duplicate field", found, "every field once", mend) from None
     except json.JSONDecodeError as error:
         near = text[max(error.pos - 20, 0) : error.pos + 20]
         found = f"invalid JSON ({error.msg} at character {error.pos + 1}, near {near!a})"
         raise place.fault("invalid JSON", found, "one JSON value", _json_hint(text, error)) from None
     except RecursionError:
-        raise place.fault("invalid JSON", "JSON nested too deeply to read", "a record a few levels deep") from None
+        raise _too_deep(place) from None
     except ValueError as error:  # a number of thousands of digits, for one
         raise place.fault("invalid JSON", f"JSON that cannot be read ({error})", "one JSON value") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise _too_deep(place)
+    return value
 
 
 def text_value(value: Any, place: Place, *, empty: bool = False) -> str:
@@ -55,17 +67,30 @@ def check_characters(text: str, place: Place) -> None:
         raise place.fault("lone surrogate", found, "text", "Write the whole character, or delete it") from None
 
 
-def number_value(value: Any, place: Place, *, minimum: float | None = None) -> float:
-    """A finite number, at least `minimum`."""
-    expected = "a number" if minimum is None else f"a number of at least {minimum:g}"
+def check_texts(value: Any, place: Place) -> None:
+    """Refuses what cannot be text in any text of a JSON value, names of fields too."""
+    if isinstance(value, str):
+        check_characters(value, place)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_texts(item, place[i])
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_characters(key, place)
+            check_texts(item, place[key])
+
+
+def number_value(value: Any, place: Place, *, minimum: float = -LARGEST) -> float:
+    """A number between `minimum` and `LARGEST`."""
+    expected = f"a number of at least {minimum:g} and at most {LARGEST:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise place.wrong_type(value, expected)
-    if not math.isfinite(value) or (minimum is not None and value < minimum):
+    if not minimum <= value <= LARGEST:  # NaN neither
         raise place.fault("wrong value", quote(value), expected)
     return float(value)
 
 
-def optional_number(record: dict, key: str, place: Place, *, minimum: float | None = None) -> float | None:
+def optional_number(record: dict, key: str, place: Place, *, minimum: float = -LARGEST) -> float | None:
     """The number in an optional field; None if it is absent or null."""
     value = record.get(key)
     return None if value is None else number_value(value, place[key], minimum=minimum)
@@ -76,7 +101,7 @@ def first_field(record: dict, keys: Sequence[str], place: Place, what: str) -> s
     for key in keys:
         if record.get(key) is not None:
             return key
-    mend = "The record has: " + (", ".join(map(str, record)) or "nothing")
+    mend = "The record has: " + (field_names(record) or "nothing")
     raise place.fault("missing field", f"no {what}", f"one of the fields {', '.join(keys)}", mend)
 
 
@@ -113,6 +138,7 @@ def _schema(value: Any, place: Place) -> dict:
     inner = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise place.wrong_type(value, 'a function schema, {"name": ..., "description": ..., "parameters": ...}')
+    check_texts(inner, place)
     return {"type": "function", "function": inner}
 
 
@@ -126,6 +152,7 @@ def _call(value: Any, place: Place) -> dict:
         arguments = parse_json(arguments, place["arguments"]) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise place["arguments"].wrong_type(arguments, "an object of arguments")
+    check_texts([inner["name"], arguments], place)
     return {"name": inner["name"], "arguments": arguments}
 
 
@@ -141,7 +168,34 @@ def _join_parts(parts: list[dict], place: Place) -> str:
 
 def _json_hint(text: str, error: json.JSONDecodeError) -> str:
     if "\x00" in text:
-        return "There is a NUL byte in it: the file may have been cut or be binary"
+        return "There is a NUL byte in it: the file may have been cut, or be binary or UTF-16"
+    if error.msg == "Extra data" and "\r" in text:
+        return "Its lines end with carriage returns alone; convert the file, for example: tr '\\r' '\\n'"
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
         return "It ends too early: the file may have been cut"
     return ""
+
+
+class _DuplicateField(Exception):  # no ValueError: `parse_json` tells it from those
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no field is lost: plain `json` would keep the last one of equal names."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _DuplicateField(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Lists and objects within each other, found without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _too_deep(place: Place) -> DataError:
+    return place.fault("invalid JSON", "JSON nested too deeply to read", f"a record at most {MAX_DEPTH} levels deep")

@@ -82,7 +82,9 @@ def parse_message(value: Any, place: Place) -> Message:
     elif role == "assistant" and value.get("tool_calls"):
         calls = parse_calls(value["tool_calls"], place["tool_calls"])
         text = "\n".join(json.dumps(call, ensure_ascii=False) for call in calls)
-        message = Message("assistant", text_value(content or "", place[text_key], empty=True), calls, text)
+        message = Message(
+            "assistant", text_value("" if content in (None, []) else content, place[text_key], empty=True), calls, text
+        )
     else:
         message = Message(role, text_value(content, place[text_key], empty=role == "system"))
     if value.get("weight") is None:
@@ -131,7 +133,9 @@ def _role(value: Any, place: Place) -> str:
         raise place.wrong_type(value, "the name of a role")
     if value not in ROLES:
         mend = did_you_mean(value, ROLES)
-        raise place.fault("unknown role", f'the role "{value}"', f"one of {', '.join(ROLES)}", mend)
+        raise place.fault(
+            "unknown role", f"the role {quote(value).removeprefix('the text ')}", f"one of {', '.join(ROLES)}", mend
+        )
     return ROLES[value]
 
 

@@ -88,7 +88,7 @@ def _split_conversations(
         found = "two conversations that do not begin alike"
         raise place["rejected"].fault("missing field", found, "the same prompt in both", "Give the field prompt")
     if isinstance(stated, str) and stated.strip() and stated.strip() != prompt[-1].content.strip():
-        first = next(message.content for message in prompt if message.role == "user")
+        first = next((message.content for message in prompt if message.role == "user"), "")
         if stated.strip() != first.strip():
             found, expected = quote(stated), "the question that chosen and rejected begin with"
             raise place["prompt"].fault("wrong value", found, expected)

@@ -20,7 +20,9 @@ VERSIONS_OF = ("torch", "lightning", "transformers", "peft", "datasets")
 
 
 class SaveRun(SaveConfigCallback):
-    """Writes `config.yaml` at the start and `results.json` at the end of a run, into `trainer.default_root_dir`.
+    """Writes `config.yaml` and `data.json` at the start of a run and `results.json` at its end.
+
+    They go into `trainer.default_root_dir`. `data.json` is the data module's `report`: what became of its records.
 
     For validate, test and predict the files are `<command>.yaml` and `<command>.json`, so that they can go into the
     folder of the run that they look at. W&B gets the configuration too.
@@ -46,8 +48,12 @@ class SaveRun(SaveConfigCallback):
                 _to_wandb(logger, text)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock: models are built, data are there."""
+        """Starts the clock: models are built, data are there; and writes down what became of the records."""
         self._started = time.perf_counter()
+        report = getattr(getattr(trainer, "datamodule", None), "report", None)
+        as_dict = getattr(report, "as_dict", None)
+        if trainer.is_global_zero and as_dict is not None:
+            _write_json(Path(trainer.default_root_dir) / "data.json", as_dict())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes `results.json`."""
@@ -86,8 +92,12 @@ class SaveRun(SaveConfigCallback):
         if trainer.state.fn == "fit":
             results |= {"steps": trainer.global_step, "epochs": trainer.current_epoch}
         path = Path(trainer.default_root_dir) / f"{name}.json"
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(path, results)
         print(f"run folder: {path.parent}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -82,8 +82,8 @@ def test_a_run_goes_on_over_the_same_steps_with_other_ranks_and_micro_batches(si
     def steps(sources, micro_batches):
         """The set of examples of each step, over the ranks."""
         ranks = [members(source) for source in sources]
-        micro = [sum((list(part) for part in parts), []) for parts in zip(*ranks, strict=True)]
-        return [set(sum(micro[i : i + micro_batches], [])) for i in range(0, len(micro), micro_batches)]
+        micro = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+        return [set(itertools.chain(*micro[i : i + micro_batches])) for i in range(0, len(micro), micro_batches)]
 
     want = steps([loader(**size)], 2)
     stopped = loader(**size)

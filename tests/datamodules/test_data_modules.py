@@ -249,8 +249,7 @@ def test_lightning_keeps_the_cursor_in_its_checkpoint_and_puts_it_back(make, tmp
         resumed.fit(rest, make(SFTDataModule, **options), ckpt_path=path)
         assert rest.batches == whole.batches[step:]
         state = torch.load(path, weights_only=True)["SFTDataModule"]
-        # At the end of an epoch the cursor stands at the start of the next.
-        assert state["cursor"] == {"epoch": step // 4, "step": step % 4}
+        assert state["cursor"] == {"epoch": (step - 1) // 4, "step": (step - 1) % 4 + 1}
 
 
 def test_a_second_fit_without_checkpoint_begins_anew(make, tmp_path):

@@ -65,7 +65,7 @@ def test_worker_processes_give_the_same_rows(path, tokenizer, tmp_path):
 
 
 def test_a_failed_start_leaves_nothing_behind(path, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_keep", lambda *_: 1 / 0)
+    monkeypatch.setattr(store, "keep", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         start(path, tokenizer)
     assert entries(tmp_path) == []

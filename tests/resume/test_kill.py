@@ -12,23 +12,64 @@ import killing
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("stage", killing.OPTIONS)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path):
-    killing.finish(killing.start(stage, tmp_path / "whole"), tmp_path / "whole")
+def grouped(*cases):
+    """One process runs all tests of a stage, so that its run that is never killed is made once."""
+    group = pytest.mark.xdist_group
+    return [pytest.param(*case, marks=group(f"kill-{case[0]}"), id="-".join(case)) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of the stage's run that is never killed."""
+    folders = {}
+
+    def once(stage):
+        if stage not in folders:
+            folders[stage] = tmp_path_factory.mktemp(stage) / "whole"
+            killing.finish(killing.start(stage, folders[stage]), folders[stage])
+        return folders[stage]
+
+    return once
+
+
+@pytest.mark.parametrize("stage", grouped(*((stage,) for stage in killing.OPTIONS)))
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, whole, tmp_path):
     steps = killing.kill_twice_and_resume(stage, tmp_path / "killed")
     assert steps[0] >= 4 and steps[1] >= 10
-    assert killing.compare(tmp_path / "whole", tmp_path / "killed", steps[-1]) == []
+    assert killing.compare(whole(stage), tmp_path / "killed", steps[-1]) == []
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_sigterm_writes_a_checkpoint_at_the_next_step_and_ends_with_143(stage, tmp_path):
-    killing.finish(killing.start(stage, tmp_path / "whole"), tmp_path / "whole")
-    process = killing.start(stage, tmp_path / "stopped")
-    assert killing.stop_after(process, tmp_path / "stopped", 4, signal.SIGTERM) == 143
-    checkpoint = tmp_path / "stopped" / "checkpoints" / "preempted.ckpt"
-    step = killing.newest_step(tmp_path / "stopped")
-    assert checkpoint.is_file() and step >= 5
+@pytest.mark.parametrize("stage", grouped(("sft",), ("ppo",)))
+def test_sigterm_writes_a_checkpoint_at_the_next_step_and_ends_with_143(stage, whole, tmp_path):
+    folder = tmp_path / "stopped"
+    assert killing.stop_after(killing.start(stage, folder), folder, 4, signal.SIGTERM) == 143
+    step = killing.newest_step(folder)
+    assert (folder / "checkpoints" / "preempted.ckpt").is_file() and step >= 5
     assert f"SIGTERM: the run stops after step {step}" in (tmp_path / "stopped.log").read_text()
-    killing.finish(killing.start(stage, tmp_path / "stopped"), tmp_path / "stopped")
+    killing.finish(killing.start(stage, folder), folder)
     # Nothing is lost: what was logged before the signal is there too.
-    assert killing.compare(tmp_path / "whole", tmp_path / "stopped", since=0) == []
+    assert killing.compare(whole(stage), folder, since=0) == []
+
+
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
+ORDERS = {"two then one": (TWO, ()), "one then two": ((), TWO)}
+
+
+@pytest.mark.parametrize("stage, order", grouped(*((stage, order) for stage in ("sft", "ppo") for order in ORDERS)))
+def test_a_killed_run_goes_on_with_another_number_of_processes(stage, order, whole, tmp_path):
+    """The losses of all steps are those of one process: the same examples in the same order."""
+    folder, (first, then) = tmp_path / "other", ORDERS[order]
+    killing.stop_after(killing.start(stage, folder, *first), folder, 4, signal.SIGKILL)
+    step = killing.newest_step(folder)
+    killing.finish(killing.start(stage, folder, *then), folder)
+    want, got = killing.metrics(whole(stage)), killing.metrics(folder)
+    steps = [n for n, name in want if name == "train/loss" and n >= step]
+    assert len(steps) > 10
+    for n in steps:
+        assert float(got[n, "train/loss"]) == pytest.approx(float(want[n, "train/loss"]), rel=1e-4, abs=1e-6)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    folder = tmp_path / "two"
+    assert killing.stop_after(killing.start("rm", folder, *TWO), folder, 4, signal.SIGTERM) == 143
+    assert killing.newest_step(folder) >= 5
