@@ -43,7 +43,7 @@ def _check_packable(trunk: nn.Module) -> None:
         # Any other attention would take the mask at its word: every token would see the whole pack, the future too.
         raise ValueError(
             f"{type(trunk).__name__} with attention {attention!r} cannot take packed batches; use `attention: packed` "
-            "where the architecture has it, else `layout: padded` in the data module (PPO needs packed batches)"
+            "where the architecture has it, else `layout: padded` in the data module"
         )
 
 
@@ -70,8 +70,13 @@ def token_logps(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -
 
 
 def sequence_sums(values: Tensor, batch: MicroBatch) -> Tensor:
-    """Sums numbers per scored token [N] over each sequence: [S]."""
-    return values.new_zeros(batch.num_sequences).index_add(0, batch.scored.sequences, values)
+    """Sums numbers per scored token [N] over each sequence: [S].
+
+    In float64 where the device has it: a response has hundreds of nats, of which float32 keeps four decimals, and
+    preference losses look at differences between them.
+    """
+    wide = values if values.device.type == "mps" else values.double()
+    return wide.new_zeros(batch.num_sequences).index_add(0, batch.scored.sequences, wide)
 
 
 def sequence_lengths(batch: MicroBatch) -> Tensor:

@@ -216,10 +216,18 @@ def table(data: Path, model: str, out: Path) -> None:
         rows[f"dpo, {loss}"] = {s.name: difference(whole, run("dpo", data, model, s, loss)) for s in SPLITS[:2]}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     out.write_text(json.dumps({"versions": versions, "steps": STEPS, "differences": rows}, indent=2) + "\n")
-    print("| stage | split | loss | gradient norm | all logged values | weights |\n|---|---|---|---|---|---|")
-    for stage, splits in rows.items():
-        for name, found in splits.items():
-            print(f"| {stage} | {name} | " + " | ".join(f"{value:.1e}" for value in found.values()) + " |")
+    print_table(rows)
+
+
+def print_table(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    """The worst figure of each split of each stage, and of each other loss of DPO."""
+    names = list(dict.fromkeys(name for stage in STAGES for name in rows[stage]))
+    print(f"| split | {' | '.join(STAGES)} |\n|---|{'---|' * len(STAGES)}")
+    for name in names:
+        cells = (f"{max(rows[s][name].values()):.1e}" if name in rows[s] else "" for s in STAGES)
+        print(f"| {name} | {' | '.join(cells)} |")
+    for stage in rows.keys() - STAGES.keys():
+        print(f"{stage}: {max(value for found in rows[stage].values() for value in found.values()):.1e}")
 
 
 def main() -> None:

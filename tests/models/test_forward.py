@@ -202,6 +202,10 @@ def test_sums_and_lengths_per_sequence(pairs):
     lengths = [float(sum(b.weights > 0)) for e in pairs for b in e.branches]
     assert sequence_lengths(batch).tolist() == lengths
     assert sequence_sums(torch.ones(len(batch.scored)), batch).tolist() == lengths
+    small = torch.full((len(batch.scored),), 1e-9)
+    small[0] = 1000.0
+    lost_in_float32 = sequence_sums(small, batch)[0] - 1000
+    assert float(lost_in_float32) == pytest.approx((lengths[0] - 1) * 1e-9, rel=1e-3)
 
 
 @pytest.mark.parametrize("side", ["left", "right", None])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_align.rollout.sampling import Sampling, sample
+from lit_align.rollout.sampling import Sampling, answer_noise, sample
 
 
 @pytest.fixture
@@ -56,6 +56,34 @@ def test_neighbours_and_batch_size_do_not_change_greedy_answers(model):
     together = sample(model, asked, [], Sampling(**options))
     apart = sample(model, asked, [], Sampling(**options, batch_size=1))
     assert [a.input_ids.tolist() for a in together] == [a.input_ids.tolist() for a in apart]
+
+
+def test_an_answer_depends_on_its_own_key_alone(model):
+    """Not on its neighbours, their order, or the number of answers that are generated side by side."""
+    asked, keys = prompts(2, 11, 6, 1, 3), [(0, 1, index, 0) for index in range(5)]
+    noise = answer_noise(keys, 9)
+    together = sample(model, asked, [], Sampling(max_new_tokens=9), noise)
+    assert len({tuple(a.input_ids.tolist()) for a in together}) == 5
+    backwards = sample(model, asked[::-1], [], Sampling(max_new_tokens=9, batch_size=2), answer_noise(keys[::-1], 9))
+    assert [a.input_ids.tolist() for a in backwards[::-1]] == [a.input_ids.tolist() for a in together]
+    longer = sample(model, asked, [], Sampling(max_new_tokens=12), answer_noise(keys, 12))
+    assert [a.input_ids[:9].tolist() for a in longer] == [a.input_ids.tolist() for a in together]
+
+
+@pytest.mark.parametrize("key", [(1, 1, 0, 0), (0, 2, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1)])
+def test_every_part_of_a_key_counts(key):
+    assert not torch.equal(answer_noise([key], 4), answer_noise([(0, 1, 0, 0)], 4))
+
+
+def test_a_token_of_probability_zero_is_never_drawn(model):
+    (prompt,) = prompts(4)
+    model.lm_head.weight.data[::2] = 0
+    bias = torch.zeros(model.config.vocab_size)
+    bias[::2] = -torch.inf
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    edges = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)[:, None]
+    answers = sample(model, [prompt] * 3, [], Sampling(max_new_tokens=1), edges)
+    assert all(int(a.input_ids[0]) % 2 == 1 for a in answers)
 
 
 def test_sampling_leaves_the_mode_and_gradients_alone(model):

@@ -2,7 +2,9 @@
 
 Both losses sort over the pairs of one call. They see those pairs and no others, so the loss of an optimizer step
 depends on how the step is split into calls (micro-batches, ranks): `couples_pairs` is True. Entry i of the result is
-the i-th quantile, not the i-th pair; only sums over the whole result have a meaning.
+the i-th quantile, not the i-th pair; only sums over the whole result have a meaning. They cannot look across the whole
+step: the margins of all its micro-batches would have to be known before the backward pass of the first one, which
+costs another forward pass of the policy over the step. Give the step to one micro-batch on one device instead.
 """
 
 from __future__ import annotations
