@@ -18,8 +18,16 @@ BYTES = 256
 class ExampleData(LightningDataModule):
     """Serves examples in either layout, or prompts; splits each step over `accumulate_grad_batches`."""
 
-    def __init__(self, examples: list, batch_size: int = 8, layout: str = "packed", side: str = "right") -> None:
+    def __init__(
+        self,
+        examples: list,
+        batch_size: int | None = 8,
+        layout: str = "packed",
+        side: str = "right",
+        max_tokens: int | None = None,
+    ) -> None:
         super().__init__()
+        self.max_tokens = max_tokens
         self.examples, self.batch_size, self.layout, self.side = examples, batch_size, layout, side
         self.collector: Callable | None = None
         self.loader = None
@@ -41,6 +49,7 @@ class ExampleData(LightningDataModule):
             lengths=np.array([len(example) for example in self.examples]),
             trained_weights=np.array(weights),
             batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             micro_batches=self.trainer.accumulate_grad_batches if shuffle and not self.collector else 1,
