@@ -129,7 +129,7 @@ class Stream(IterableDataset):
 
     def _plan(self, window: Window, examples: Examples, epoch: int) -> EpochPlan:
         """The window's steps, a function of (seed, epoch, window)."""
-        seed = int(np.random.SeedSequence([self.seed, epoch, window.number]).generate_state(1, np.uint64)[0])
+        seed = int(np.random.SeedSequence([self.seed, window.number]).generate_state(1, np.uint64)[0])
         return plan_epoch(
             examples.lengths,
             examples.trained_weights,
