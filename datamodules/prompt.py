@@ -100,6 +100,7 @@ def collate_prompts(examples: list[tuple[Tensor, dict]], plan: MicroPlan) -> Pro
         prompt_ids=tuple(ids for ids, _ in examples),
         records=tuple(record for _, record in examples),
         indices=torch.tensor(plan.indices, dtype=torch.long),
+        repeats=plan.repeats,
     )
 
 

@@ -8,6 +8,7 @@ step's denominators, so no collective is needed to normalise a loss.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -24,10 +25,13 @@ class MicroPlan:
     Attributes:
         indices: Dataset indices of its examples; empty if the step has fewer examples than parts.
         totals: Denominators of the whole optimizer step.
+        repeats: For each of them, how often the step holds the same example before it (more than 0 only where an
+            epoch visits examples several times).
     """
 
     indices: tuple[int, ...]
     totals: StepTotals
+    repeats: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,17 @@ def split_step(indices: Sequence[int], lengths: np.ndarray, parts: int) -> list[
     Ties are broken by example count, then by part number, so the result is deterministic. Within a part the
     examples keep the order that they have in `indices`.
     """
+    return [[int(indices[place]) for place in group] for group in _split_places(indices, lengths, parts)]
+
+
+def _split_places(indices: Sequence[int], lengths: np.ndarray, parts: int) -> list[list[int]]:
     groups: list[list[int]] = [[] for _ in range(parts)]
     heap = [(0, 0, part) for part in range(parts)]
     for place in sorted(range(len(indices)), key=lambda i: (-int(lengths[indices[i]]), i)):
         load, count, part = heapq.heappop(heap)
         groups[part].append(place)
         heapq.heappush(heap, (load + int(lengths[indices[place]]), count + 1, part))
-    return [[int(indices[place]) for place in sorted(group)] for group in groups]
+    return [sorted(group) for group in groups]
 
 
 def plan_epoch(
@@ -175,4 +183,17 @@ def _bounds_by_tokens(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
 def plan_step(indices: np.ndarray, lengths: np.ndarray, trained_weights: np.ndarray, parts: int) -> list[MicroPlan]:
     """Plans one optimizer step: its examples, given by `indices`, in `parts` micro-batches with the step's totals."""
     totals = StepTotals(tokens=float(np.sum(trained_weights[indices], dtype=np.float64)), examples=float(len(indices)))
-    return [MicroPlan(tuple(group), totals) for group in split_step(indices, lengths, parts)]
+    repeats = _repeats(indices)
+    return [
+        MicroPlan(tuple(int(indices[p]) for p in places), totals, tuple(repeats[p] for p in places))
+        for places in _split_places(indices, lengths, parts)
+    ]
+
+
+def _repeats(indices: np.ndarray) -> list[int]:
+    seen: Counter[int] = Counter()
+    numbers = []
+    for index in indices.tolist():
+        numbers.append(seen[index])
+        seen[index] += 1
+    return numbers

@@ -170,11 +170,13 @@ class PromptBatch:
         prompt_ids: Token ids of each rendered prompt (generation prompt included), int64 [P_i]; B of them.
         records: The records they come from, as read (reward functions may need their other fields).
         indices: Index of each prompt in its dataset, int64 [B].
+        repeats: For each prompt, how often the step holds the same one before it, B numbers; empty = never.
     """
 
     prompt_ids: tuple[Tensor, ...]
     records: tuple[dict[str, Any], ...]
     indices: Tensor
+    repeats: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

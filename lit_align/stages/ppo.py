@@ -212,7 +212,8 @@ class LitPPO(ReferencedStage):
         prompts, indices, n = list(batch.prompt_ids), batch.indices.tolist(), self.ppo.num_answers
         if not prompts:
             return []
-        keys = [(self.rollout_seed, number, index, answer) for index in indices for answer in range(n)]
+        asked = zip(indices, batch.repeats or [0] * len(indices), strict=True)
+        keys = [(self.rollout_seed, number, *prompt, answer) for prompt in asked for answer in range(n)]
         noise = answer_noise(keys, self.sampling.max_new_tokens)
         flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
         answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]

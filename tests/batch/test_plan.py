@@ -82,6 +82,15 @@ def test_copies_say_how_often_an_epoch_visits_an_example():
     assert (again == orders[-1]).all()
 
 
+def test_an_example_that_a_step_holds_twice_is_numbered():
+    numbers, copies = np.array([5, 3, 4]), np.array([3.0, 1.0, 2.0])
+    options = {"batch_size": 6, "shuffle": True, "seed": 0, "epoch": 0, "copies": copies}
+    for parts in (1, 4):
+        (step,) = plan_epoch(numbers, numbers * 0.5, parts=parts, **options)
+        pairs = sorted(pair for micro in step for pair in zip(micro.indices, micro.repeats, strict=True))
+        assert pairs == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+
+
 @pytest.mark.parametrize("copies", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
 def test_examples_cannot_be_visited_less_than_never(copies):
     with pytest.raises(ValueError, match="copies: expected numbers above 0"):

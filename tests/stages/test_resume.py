@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.callbacks.random_state import RandomState
@@ -95,6 +96,30 @@ def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(
     _, got = run(LitPPO, source, make_data(prompts), last, checkpoint=str(tmp_path / "b" / "step=8.ckpt"))
     assert got and got == want[-len(got) :]
     assert last.global_step == until.get("max_steps", 16)
+
+
+class SaveInsideAStep(Callback):
+    """Writes a checkpoint after the first of a step's micro-batches: its gradient is in no checkpoint."""
+
+    def __init__(self, path, batch):
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("batch", [0, 3, 7, 10])
+def test_a_step_that_was_only_begun_is_made_anew(kind, batch, tiny_model, request, make_data, make_trainer, tmp_path):
+    items, source = request.getfixturevalue(CASES[kind]), ModelSource(path=str(tiny_model))
+    options = {"max_epochs": 2, "accumulate_grad_batches": 3}
+    saver = make_trainer(**options, callbacks=[RandomState(), SaveInsideAStep(tmp_path / "one.ckpt", batch)])
+    whole, want = run(kind, source, make_data(items), saver)
+    again = make_trainer(**options, callbacks=[RandomState()])
+    resumed, got = run(kind, source, make_data(items), again, checkpoint=str(tmp_path / "one.ckpt"))
+    assert got == want[-len(got) :] and again.global_step == saver.global_step
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
 def seen_by(stage):
