@@ -165,8 +165,9 @@ class AlignDataModule(Inspection, LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokenised data, splits off held-out data and reports what became of the records."""
-        self.report, self.datasets, self._identity = DataReport(), {}, {}
-        self._train_loader, self._cursor = None, {}
+        self.report, self.datasets = DataReport(), {}
+        if getattr(stage, "value", stage) in (None, "fit"):  # what validates keeps the place of the training data
+            self._train_loader, self._cursor, self._identity = None, {}, {}
         for split in self._needed(stage):
             if self.streaming and split == "train":
                 self.report.splits[split], parts = open_stream(self)
@@ -197,6 +198,8 @@ class AlignDataModule(Inspection, LightningDataModule):
     def train_dataloader(self) -> Iterable:
         """Micro-batches of this rank in the order of the step plan, from the cursor on."""
         loader = self.train_loader()
+        if self._train_loader is not None:  # the trainer asks for a new one in every epoch
+            self._cursor = self._train_loader.state_dict()
         if self._cursor:
             loader.load_state_dict(self._cursor)
         self._train_loader = loader
@@ -256,7 +259,7 @@ class AlignDataModule(Inspection, LightningDataModule):
         Raises:
             ValueError: The data, the tokenizer or a setting of the plan is not what the run began with.
         """
-        if not self._identity:  # nothing is resumed: validate, test or predict
+        if self.trainer is not None and self.trainer.state.fn != "fit":  # nothing is resumed
             return
         check_same(state_dict["identity"], self.identity())
         self._cursor = dict(state_dict["cursor"])

@@ -16,6 +16,7 @@ from datamodules.mixtures import mixture_weights
 from datamodules.report import SplitReport
 from datamodules.store import Guard, tokenizer_fingerprint
 from datamodules.stream import START, Stream, add_counts
+from lit_align.batch import outlive_sigterm
 
 if TYPE_CHECKING:
     from datamodules.base import AlignDataModule
@@ -106,9 +107,10 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator reads the cursor at its first step, after a checkpoint has been restored.
-        workers = {"num_workers": 1, "prefetch_factor": PREFETCH} if self.num_workers else {}
+        workers: dict[str, Any] = {"num_workers": 1, "prefetch_factor": PREFETCH} if self.num_workers else {}
+        workers |= {"generator": torch.Generator(), "worker_init_fn": outlive_sigterm}
         stream = replace(self.stream, start=dict(self.cursor))
-        loader = DataLoader(stream, batch_size=None, generator=torch.Generator(), **workers)  # type: ignore[arg-type]
+        loader = DataLoader(stream, batch_size=None, **workers)
         try:
             yield from self._batches(loader)
         finally:  # the run is over, or broken off

@@ -7,6 +7,7 @@ optimizer steps of it have been handed out. So a run goes on with other ranks or
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ class PlannedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             generator=torch.Generator(),
+            worker_init_fn=outlive_sigterm,
         )
         for batch in loader:
             self.seen += 1
@@ -132,6 +134,11 @@ class PlannedLoader:
         """Puts the cursor back; the next pass goes on from there instead of beginning an epoch."""
         self.epoch, self.seen = int(state["epoch"]), int(state["step"]) * self.micro_batches
         self._restored = True
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Lets a loader's process go on after a SIGTERM to its whole group: the training process still makes its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rest(Sampler):

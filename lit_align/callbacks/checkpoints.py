@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class Checkpoints(ModelCheckpoint):
     """The newest two checkpoints of a run: one at the end of every epoch, and one every so many optimizer steps.
 
-    Two, so that there is a whole one while the next is written.
+    Two, so that there is a whole one while the next is written. Where validation is due after the same step it comes
+    first, so that a resumed run neither misses nor repeats it.
 
     Args:
         folder: Where they are written.
@@ -21,7 +22,7 @@ class Checkpoints(ModelCheckpoint):
     def __init__(self, folder: str, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"checkpoint_every: expected at least 1 optimizer step, got {every_n_steps}")
-        steps: dict[str, Any] = {} if every_n_steps is None else {"every_n_train_steps": every_n_steps}
+        self.every_n_steps = every_n_steps
         super().__init__(
             folder,
             "step{step:06d}",
@@ -31,12 +32,40 @@ class Checkpoints(ModelCheckpoint):
             save_last="link",
             auto_insert_metric_name=False,
             save_on_train_epoch_end=True,
-            **steps,
         )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step that a run goes on from is written already."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes one after a step whose turn it is, and after the last step of a run that ends inside an epoch."""
+        loop = trainer.fit_loop.epoch_loop
+        if self._due(trainer) and not loop._should_accumulate() and not loop._should_check_val_fx(_fetcher(trainer)):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the one that waited for this validation; the last of an epoch is written at the epoch's end."""
+        if self._due(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes one, unless the epoch's last step has just been written."""
-        if not self._should_skip_saving_checkpoint(trainer):
+        """Writes one."""
+        self._save(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        return step == trainer.max_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):  # written already, or a sanity check
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+
+def _fetcher(trainer: Trainer) -> Any:
+    return trainer.fit_loop._data_fetcher

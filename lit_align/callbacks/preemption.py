@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,14 +26,17 @@ class Preemption(Callback):
         self.folder = folder
         self._told = False
         self._step = 0
-        self._previous: Any = None
         self._group: Any = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the place of Lightning's own answer to the signal, before Lightning registers it."""
+        self._told = False
+        # Lightning's answer broadcasts from inside the signal, whatever the ranks are at: they may wait for ever.
+        trainer._signal_connector._sigterm_notifier_fn = self._tell  # type: ignore[method-assign]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens for the signal."""
-        self._told, self._step = False, trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._tell)
+        """Prepares the ranks' agreement."""
+        self._step = trainer.global_step
         if trainer.world_size > 1:
             # The ranks agree on the CPU: asking a GPU would wait for all that it still has to do.
             self._group = distributed.new_group(backend="gloo")
@@ -59,12 +60,6 @@ class Preemption(Callback):
             rank_zero_info(f"SIGTERM: the run stops after step {self._step}; checkpoints are off, nothing was saved")
         # Lightning ends the run once this batch is accounted for and its metrics are logged.
         trainer._signal_connector.received_sigterm = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Puts the former handler back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         self._told = True

@@ -21,10 +21,27 @@ class RandomState(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._saved: list[dict[str, Any]] | None = None
+        self._trainer: Trainer | None = None
+        self._at_step: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """States of all ranks; every rank has to call it."""
-        return {"ranks": _of_all_ranks(random_state())}
+        return {"ranks": _of_all_ranks(self._state())}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the state at the first of a step's micro-batches."""
+        self._trainer = trainer
+        if trainer.accumulate_grad_batches > 1 and _micro_batches_begun(trainer) == 1:
+            self._at_step = random_state()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets it."""
+        self._trainer = self._at_step = None
+
+    def _state(self) -> dict[str, Any]:
+        """The present state; inside a step that of its beginning, for a resumed run makes the step anew."""
+        inside = self._trainer is not None and _micro_batches_begun(self._trainer) > 0
+        return self._at_step if inside and self._at_step is not None else random_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the states until training starts; setting up draws random numbers."""
@@ -43,6 +60,11 @@ class RandomState(Callback):
             )
         if trainer.global_rank < len(saved):
             set_random_state(saved[trainer.global_rank])
+
+
+def _micro_batches_begun(trainer: Trainer) -> int:
+    """Micro-batches of the present optimizer step that were begun; 0 = all of them, or none."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
 
 
 def random_state() -> dict[str, Any]:

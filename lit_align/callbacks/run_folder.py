@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 import lit_align
+from lit_align import runs
 
 VERSIONS_OF = ("torch", "lightning", "transformers", "peft", "datasets")
 
@@ -42,7 +43,10 @@ class SaveRun(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         header = "".join(f"# {name} {number}\n" for name, number in versions().items())
         name = "config" if stage == "fit" else stage
-        (folder / f"{name}.yaml").write_text(header + text, encoding="utf-8")
+        path = folder / f"{name}.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != header + text:
+            runs.set_aside(path)  # a resumed run may have other settings: the earlier ones stay on record
+        path.write_text(header + text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,11 +69,16 @@ def compare(whole: Measurement, other: Measurement) -> Difference:
     """
     if [g.keys() for g in whole.gradients] != [g.keys() for g in other.gradients]:
         raise ValueError("the splits made different steps, or trained different parameters")
-    loss = max(abs(a - b) / max(abs(a), 0.01) for a, b in zip(whole.losses, other.losses, strict=True))
-    return Difference(loss, max(map(_apart, whole.gradients, other.gradients)))
+    losses = [abs(a - b) / max(abs(a), 0.01) for a, b in zip(whole.losses, other.losses, strict=True)]
+    return Difference(_largest(losses), _largest(list(map(_apart, whole.gradients, other.gradients))))
+
+
+def _largest(values: list[float]) -> float:
+    """Infinite if a value is no number: what is NaN agrees with nothing."""
+    return max(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def _apart(whole: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    largest = max(float(gradient.abs().max()) for gradient in whole.values())
-    apart = max(float((gradient - other[name]).abs().max()) for name, gradient in whole.items())
-    return apart / max(largest, torch.finfo(torch.float32).tiny)
+    largest = _largest([float(gradient.abs().max()) for gradient in whole.values()])
+    apart = _largest([float((gradient - other[name]).abs().max()) for name, gradient in whole.items()])
+    return apart / max(largest, torch.finfo(torch.float32).tiny) if math.isfinite(largest) else math.inf

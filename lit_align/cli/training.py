@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -225,7 +225,7 @@ class AlignCLI(LightningCLI):
         defaults: list[Callback] = [RandomState(), ExportHF(), Preemption(str(folder) if saves else None)]
         if logs:
             defaults.append(LearningRateMonitor(logging_interval="step"))
-        if saves and not any(isinstance(callback, Checkpoint) for callback in given):
+        if saves:  # beside a user's own: exact resume needs the newest, whatever else is kept
             defaults.append(Checkpoints(str(folder), self.command_config.get("checkpoint_every")))
         for callback in given:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:

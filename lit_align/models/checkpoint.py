@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,26 @@ def _with_base(model: nn.Module, adapters: dict[str, Tensor], expected: str | No
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """The files that the tokenizer is saved as, by name; their bytes, uint8."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _at_rest(tokenizer):
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
         return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files}
+
+
+@contextmanager
+def _at_rest(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Without the padding and truncation that the last call left in the tokenizer, and that its files would hold."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)

@@ -41,6 +41,11 @@ def check_same_networks(
     found = list(_differences(entry, stage, roles, tokenizer))
     stored = entry.get("fingerprints", {})
     found += [
+        f"{name}: only {'the checkpoint' if name in stored else 'this run'} has one"
+        for name in sorted(stored.keys() ^ fingerprints.keys())
+        if not name.endswith(".base")  # that of adapters, which are compared themselves
+    ]
+    found += [
         f"{name}: its weights are not those that the checkpoint's run was using (fingerprint {now[:12]}, expected "
         f"{stored[name][:12]}); restore the files that it is loaded from"
         for name, now in fingerprints.items()

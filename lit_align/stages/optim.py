@@ -8,6 +8,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def optimizer_settings(optimizer: Optimizer) -> dict[str, str]:
+    """The optimizer's class and what it was built with, by name, and each group's own; before a schedule changes it."""
+    settings = {"class": type(optimizer).__name__, **{k: str(v) for k, v in optimizer.defaults.items()}}
+    for number, group in enumerate(optimizer.param_groups):
+        own = {k: group[k] for k, v in optimizer.defaults.items() if group[k] != v}
+        settings |= {f"{k} of group {number}": str(v) for k, v in own.items()}
+    return settings
+
+
 class WarmupConstant(LambdaLR):
     """Linear warm-up from 0, then the optimizer's own rate.
 

@@ -1,7 +1,8 @@
-"""What Lightning counts in micro-batches, put right where that count is not the same as before.
+"""What Lightning counts in micro-batches, put right where that count is not, or not any more, that of this run.
 
 Lightning's progress counts the micro-batches of a rank. A run that goes on with other micro-batches, or from inside an
-accumulation window whose gradients are gone, has to count from the last optimizer step anew.
+accumulation window whose gradients are gone, has to count from the last optimizer step anew. And what Lightning does
+after a resume depends on the hook in which the checkpoint was written; not all of these paths count right.
 """
 
 from __future__ import annotations
@@ -12,32 +13,43 @@ from lightning.pytorch import Trainer
 
 
 def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Changes a Lightning checkpoint's batch counts, in place, to the micro-batches of this run.
+    """Brings a Lightning checkpoint's counts, in place, to one form: written right after the last whole step.
 
     Args:
         checkpoint: As Lightning made it.
         before: Micro-batches per optimizer step when it was written.
         now: Micro-batches per optimizer step in this run.
     """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    if progress is None:
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    if "epoch_loop.batch_progress" not in loop:
         return
-    for counts in (progress["current"], progress["total"]):
-        steps, begun = divmod(counts["ready"], before)
-        # Between a batch's last hook and the end of its accounting, `completed` lags behind by one.
-        lag = 0 if begun else counts["ready"] - counts["completed"]
-        counts.update({name: steps * now for name in ("ready", "started", "processed")}, completed=steps * now - lag)
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    seen = batches["current"]["ready"]
+    steps, earlier = seen // before, (batches["total"]["ready"] - seen) // before
+    for counts, done in ((batches["current"], steps), (batches["total"], earlier + steps)):
+        counts.update({name: done * now for name in ("ready", "started", "processed", "completed")})
+        if steps:  # as it is while the hooks of the last batch run
+            counts["completed"] -= 1
+    batches["is_last_batch"] &= seen % before == 0
+    if steps:
+        # Lightning counts an epoch as done when it stops inside it (`max_steps`): it is not.
+        for counts in (epochs["current"], epochs["total"]):
+            counts["processed"] = counts["completed"] = counts["started"] - 1
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
     """Lets a run that goes on from the last batch of an epoch begin the next one as every other epoch is begun.
 
     Lightning counts the old epoch as done, but then takes the new one for the rest of the old: it does not call
-    `on_train_epoch_start`, and does not count it as begun, so that a second resume would train an epoch too many.
+    `on_train_epoch_start`, and does not count it as begun, so that a second resume would train an epoch too many. And
+    it compares the batches of the old epoch with the length of the new one, which may be another.
     """
     loop = trainer.fit_loop
     if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
         loop.reset_restart_stage()
+        loop.epoch_loop.batch_progress.increment_completed()
+        loop.epoch_loop.reset_restart_stage()
+        loop.epoch_loop.restarting = False
 
 
 def announce_epoch_end(trainer: Trainer) -> None:
@@ -45,6 +57,20 @@ def announce_epoch_end(trainer: Trainer) -> None:
     loader, progress = trainer.train_dataloader, trainer.fit_loop.epoch_loop.batch_progress
     if hasattr(loader, "epoch_over"):
         loader.epoch_over = lambda: 0 < trainer.num_training_batches <= progress.current.ready
+
+
+def check_whole_steps(trainer: Trainer) -> None:
+    """Refuses a limit that ends an epoch inside a step: its loss would be divided by examples that are not seen.
+
+    Raises:
+        ValueError: Says what to change.
+    """
+    batches, parts = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches != float("inf") and batches % parts:
+        raise ValueError(
+            f"limit_train_batches leaves {batches} micro-batches an epoch, and each optimizer step takes {parts} "
+            f"(accumulate_grad_batches): expected a multiple, such as {batches // parts * parts or parts}"
+        )
 
 
 def follow_epoch_length(trainer: Trainer) -> None:
@@ -58,5 +84,21 @@ def follow_epoch_length(trainer: Trainer) -> None:
     if trainer.val_check_batch == loop.max_batches:
         trainer.val_check_batch = len(loader)
     loop.max_batches = len(loader)
-    assert loop._combined_loader is not None
+    assert loop._combined_loader is not None and loop._data_fetcher is not None
     loop._combined_loader.limits = [len(loader)]
+    loop._data_fetcher.length = len(loader)
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, the same number after a resume, for schedules."""
+    estimated = int(trainer.estimated_stepping_batches)  # sets the loader up
+    loader, epochs = trainer.train_dataloader, trainer.max_epochs
+    if (
+        getattr(loader, "max_tokens", None) is None
+        or epochs is None
+        or epochs < 0
+        or trainer.limit_train_batches != 1.0
+    ):
+        return max(estimated, 1)
+    steps = sum(len(loader.plan(epoch)) for epoch in range(epochs))
+    return max(steps if trainer.max_steps < 0 else min(steps, trainer.max_steps), 1)

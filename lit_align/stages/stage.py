@@ -18,7 +18,15 @@ from lit_align.models.modes import has_adapters
 from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
-from lit_align.stages.progress import announce_epoch_end, begin_next_epoch, follow_epoch_length, recount
+from lit_align.stages.optim import optimizer_settings
+from lit_align.stages.progress import (
+    announce_epoch_end,
+    begin_next_epoch,
+    check_whole_steps,
+    follow_epoch_length,
+    recount,
+    total_steps,
+)
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -46,6 +54,8 @@ class Stage(LightningModule):
         super().__init__()
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.train_means, self.val_means = Means(self.metrics), Means(self.metrics)
+        self._optimizer_settings: dict[str, str] = {}
+        self._stored_optimizer: dict[str, str] | None = None
 
     # -- optimisation
 
@@ -56,7 +66,8 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The configured optimizer, and its schedule over the steps of the run."""
         optimizer = self.optimizer(self.parameter_groups())
-        scheduler = self.lr_scheduler(optimizer, max(int(self.trainer.estimated_stepping_batches), 1))
+        self._check_same_optimizer(optimizer)
+        scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def scaled(self, total: Tensor, normaliser: float) -> Tensor:
@@ -84,15 +95,20 @@ class Stage(LightningModule):
 
     def on_train_start(self) -> None:
         """Mends what Lightning's own resume leaves open."""
+        check_whole_steps(self.trainer)
         begin_next_epoch(self.trainer)
         announce_epoch_end(self.trainer)
+        follow_epoch_length(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Keeps Lightning's count of the epoch's micro-batches right."""
+        announce_epoch_end(self.trainer)  # the loader may be a new one
         follow_epoch_length(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step's means, if this step is one that is logged."""
+        # The number that logged values get: after some resumes Lightning counts a step twice.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self._log("train", self.train_means.compute())
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -155,14 +171,27 @@ class Stage(LightningModule):
         """Adds where the networks came from and the fingerprints of the frozen ones; plain types only."""
         checkpoint[ENTRY] = checkpoint_entry(self.name, self.roles(), self.tokenizer, self.fingerprints())
         checkpoint[ENTRY]["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint[ENTRY]["optimizer"] = self._optimizer_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with other networks than the run began with; counts in this run's micro-batches."""
         entry, roles = checkpoint.get(ENTRY, {}), self.roles()
         check_same_networks(entry, self.name, roles, self.tokenizer, self.fingerprints())
+        self._stored_optimizer = entry.get("optimizer")
         before = entry.get("micro_batches")
         if before is not None and self._trainer is not None:
             recount(checkpoint, before, self.trainer.accumulate_grad_batches)
+
+    def _check_same_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses other settings than the run began with: those of the checkpoint would be used, without a word."""
+        now = self._optimizer_settings = optimizer_settings(optimizer)
+        stored = self._stored_optimizer or now
+        if changed := [k for k in now if k in stored and stored[k] != now[k]]:
+            raise ValueError(
+                "the checkpoint cannot be resumed with another optimizer: "
+                + "; ".join(f"{key}: the run began with {stored[key]}, now it is {now[key]}" for key in changed)
+                + ". Restore it, or begin a new run from the exported weights"
+            )
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each frozen network and of each frozen base under adapters; computed once."""

@@ -1,10 +1,13 @@
 """`check` passes what does not depend on how the work is split, and finds what does."""
 
+import math
 import re
 
 import pytest
+import torch
 
 from lit_align.__main__ import main
+from lit_align.cli.measure import Measurement, compare
 
 COMMON = ["--trainer.accelerator=cpu", "--data.batch_size=6"]
 
@@ -63,6 +66,20 @@ def test_a_loss_that_depends_on_the_split_is_found(check, wrong_loss):
 def test_the_tolerance_is_the_users(check, wrong_loss):
     status, out, _ = check("dpo", wrong_loss, "--tolerance=1000")
     assert status == 0 and "within 1000" in out
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_is_no_number_agrees_with_nothing(where):
+    def measured(nan):
+        losses, gradients = [1.0, 2.0], [{"w": torch.ones(2)}, {"w": torch.ones(2)}]
+        if nan:
+            losses[where] = math.nan
+            gradients[where] = {"w": torch.tensor([1.0, math.nan])}
+        return Measurement(losses, gradients)
+
+    for one, other in ((False, True), (True, False), (True, True)):
+        assert compare(measured(one), measured(other)) == (math.inf, math.inf)
+    assert compare(measured(False), measured(False)) == (0.0, 0.0)
 
 
 def test_nothing_is_written(check, repository):

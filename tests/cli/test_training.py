@@ -146,10 +146,11 @@ def test_fast_dev_run_leaves_nothing_behind(cli, config):
     assert not [path for path in Path("runs").rglob("*") if path.is_file() or path.is_symlink()]
 
 
-def test_a_users_own_checkpoint_callback_replaces_the_default_and_goes_to_the_run_folder(cli, config):
+def test_a_users_own_checkpoint_callback_writes_to_the_run_folder_too(cli, config):
     own = {"class_path": "ModelCheckpoint", "init_args": {"filename": "mine", "save_top_k": 1}}
     assert cli("fit", "--config", config({"trainer.callbacks": [own]}), "--run_dir=r")[0] == 0
-    assert [path.name for path in Path("r/checkpoints").iterdir()] == ["mine.ckpt"]
+    written = sorted(path.name for path in Path("r/checkpoints").iterdir())
+    assert written == ["last.ckpt", "mine.ckpt", "step000002.ckpt", "step000004.ckpt"]
 
 
 def test_wandb_gets_the_whole_configuration_and_writes_into_the_run_folder(cli, config, monkeypatch):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def finish(process: subprocess.Popen, run_dir: Path) -> None:
     assert status == 0, (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to this"
+        time.sleep(0.005)
+
+
 def stop_after(process: subprocess.Popen, run_dir: Path, step: int, sent: signal.Signals, delay: float = 0.0) -> int:
     """Sends a signal to the whole process group some time after the checkpoint of a step is there; the exit status."""
     deadline = time.monotonic() + SECONDS
@@ -72,10 +81,8 @@ def stop_after(process: subprocess.Popen, run_dir: Path, step: int, sent: signal
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never came to its checkpoint"
         time.sleep(0.005)
     time.sleep(delay)
-    if sent == signal.SIGKILL:
-        os.killpg(process.pid, sent)
-    else:
-        process.send_signal(sent)
+    # To the loader's workers too, as job schedulers do.
+    os.killpg(process.pid, sent)
     return process.wait(SECONDS)
 
 

@@ -58,7 +58,7 @@ def test_a_run_is_resumed_inside_any_epoch(tiny_model, conversations, make_data,
         return make_data(conversations, batch_size=None, max_tokens=60)
 
     whole, stage, trainer = fit(make_trainer, data(), tiny_model, tmp_path / "whole")
-    for step in (2, trainer.global_step // 2, trainer.global_step - 2):
+    for step in range(1, trainer.global_step):
         path = tmp_path / "whole" / f"step={step}.ckpt"
         rest, again, other = fit(make_trainer, data(), tiny_model, tmp_path / "rest", checkpoint=path)
         assert other.global_step == trainer.global_step
