@@ -7,7 +7,9 @@ optimizer steps of it have been handed out. So a run goes on with other ranks or
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -137,8 +139,19 @@ class PlannedLoader:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Lets a loader's process go on after a SIGTERM to its whole group: the training process still makes its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Lets a loader's process go on after a SIGTERM to all processes of a job, so that training still makes its step.
+
+    A SIGTERM from the training process itself ends it as ever: that is how loaders are taken down.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # where the sender of a signal can be told
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Rest(Sampler):

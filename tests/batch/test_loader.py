@@ -1,6 +1,9 @@
 """The loader follows the plan, goes on where a checkpoint was, and begins each pass anew otherwise."""
 
 import itertools
+import multiprocessing
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -128,3 +131,19 @@ def test_loading_does_not_touch_the_global_random_numbers():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="no example"):
         PlannedLoader([], collate, lengths=np.array([]), trained_weights=np.array([]), batch_size=1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal cannot be told here")
+def test_workers_outlive_a_sigterm_from_elsewhere_and_obey_that_of_their_own_process():
+    source = iter(loader(num_workers=2))
+    first = members([next(source)])
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    subprocess.run(["sh", "-c", f"kill -TERM {' '.join(str(worker.pid) for worker in workers)}"], check=True)
+    assert first + members(source) == members(loader())
+    source = iter(loader(num_workers=1))
+    next(source)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(20)
+    assert not worker.is_alive()

@@ -86,10 +86,10 @@ def stop_after(process: subprocess.Popen, run_dir: Path, step: int, sent: signal
     return process.wait(SECONDS)
 
 
-def kill_twice_and_resume(stage: str, run_dir: Path, *options: str) -> list[int]:
-    """Kills a run twice at moments of no particular kind, then lets it end; the steps that it went on from."""
+def kill_and_resume(stage: str, run_dir: Path, *options: str, after: tuple[int, ...] = (4, 10)) -> list[int]:
+    """Kills a run at moments of no particular kind, then lets it end; the steps that it went on from."""
     moments, steps = random.Random(stage), []
-    for step in (4, 10):
+    for step in after:
         status = stop_after(start(stage, run_dir, *options), run_dir, step, signal.SIGKILL, moments.uniform(0, 0.2))
         assert status == -signal.SIGKILL
         assert not (run_dir / "results.json").exists(), "the run was over before it was killed"
@@ -155,7 +155,7 @@ def main(folder: Path) -> None:
         here = folder / stage
         here.mkdir(parents=True)
         finish(start(stage, here / "whole"), here / "whole")
-        steps = kill_twice_and_resume(stage, here / "killed")
+        steps = kill_and_resume(stage, here / "killed")
         found = compare(here / "whole", here / "killed", steps[-1])
         total = torch.load(max((here / "whole" / "checkpoints").glob("step*.ckpt")), weights_only=True)["global_step"]
         print(f"| {stage} | {steps[0]}, {steps[1]} | {total} | {', '.join(found) or 'nothing'} |", flush=True)

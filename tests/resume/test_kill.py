@@ -34,8 +34,9 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", grouped(*((stage,) for stage in killing.OPTIONS)))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, whole, tmp_path):
-    steps = killing.kill_twice_and_resume(stage, tmp_path / "killed")
-    assert steps[0] >= 4 and steps[1] >= 10
+    after = (4, 10) if stage in ("sft", "ppo") else (6,)
+    steps = killing.kill_and_resume(stage, tmp_path / "killed", after=after)
+    assert all(step >= least for step, least in zip(steps, after, strict=True))
     assert killing.compare(whole(stage), tmp_path / "killed", steps[-1]) == []
 
 
@@ -55,7 +56,7 @@ TWO = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=c
 ORDERS = {"two then one": (TWO, ()), "one then two": ((), TWO)}
 
 
-@pytest.mark.parametrize("stage, order", grouped(*((stage, order) for stage in ("sft", "ppo") for order in ORDERS)))
+@pytest.mark.parametrize("stage, order", grouped(("sft", "two then one"), ("ppo", "one then two")))
 def test_a_killed_run_goes_on_with_another_number_of_processes(stage, order, whole, tmp_path):
     """The losses of all steps are those of one process: the same examples in the same order."""
     folder, (first, then) = tmp_path / "other", ORDERS[order]
