@@ -32,6 +32,8 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts["completed"] -= 1
     batches["is_last_batch"] &= seen % before == 0
     if steps:
+        # The number of the step that is logged next; Lightning adds one when it goes on.
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
         # Lightning counts an epoch as done when it stops inside it (`max_steps`): it is not.
         for counts in (epochs["current"], epochs["total"]):
             counts["processed"] = counts["completed"] = counts["started"] - 1
@@ -50,6 +52,7 @@ def begin_next_epoch(trainer: Trainer) -> None:
         loop.epoch_loop.batch_progress.increment_completed()
         loop.epoch_loop.reset_restart_stage()
         loop.epoch_loop.restarting = False
+        loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def announce_epoch_end(trainer: Trainer) -> None:

@@ -22,6 +22,11 @@ class Watch(Callback):
     def on_validation_end(self, trainer, pl_module):
         self.validated.append(trainer.global_step)
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        loop = trainer.fit_loop.epoch_loop
+        if (loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches == 0:
+            assert loop._batches_that_stepped == trainer.global_step  # where callbacks log
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
