@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import zipfile
 from datetime import datetime
@@ -97,8 +98,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """The same; None if there is none."""
     folder = run_dir / CHECKPOINTS
     paths = [path for path in (*folder.glob("*.ckpt"), *folder.glob(f"*.ckpt{PART}")) if not path.is_symlink()]
-    paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    whole = next((path for path in paths if _is_whole(path)), None)
+    paths.sort(key=_age, reverse=True)
+    whole = next((path for path in paths if is_whole(path)), None)
     for path in paths[: paths.index(whole) if whole else len(paths)]:
         if _rank() == 0:
             instead = f"going on from {whole.name}" if whole else "there is no older one"
@@ -106,7 +107,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return whole
 
 
-def _is_whole(path: Path) -> bool:
+def _age(path: Path) -> tuple[int, int]:
+    """The step in the name, where there is one: a copied folder has other times."""
+    step = re.search(r"step=?(\d+)", path.name)
+    return int(step[1]) if step else -1, path.stat().st_mtime_ns
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     if path.is_file():
         # A checkpoint is a zip archive, whose list of contents stands at its end.
         return path.suffix != PART and zipfile.is_zipfile(path)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+KEPT = 2
+OWN = re.compile(r"(preempted-)?step\d{6,}\.ckpt")
+"""Names of checkpoints that this callback and `Preemption` write."""
 
 
 class Checkpoints(ModelCheckpoint):
@@ -28,10 +34,11 @@ class Checkpoints(ModelCheckpoint):
             "step{step:06d}",
             "step",
             mode="max",
-            save_top_k=2,
+            save_top_k=KEPT,
             save_last="link",
             auto_insert_metric_name=False,
             save_on_train_epoch_end=True,
+            enable_version_counter=False,  # else a resumed run's newest would be last-v1.ckpt
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,6 +72,15 @@ class Checkpoints(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+            self._remove_others(trainer)
+
+    def _remove_others(self, trainer: Trainer) -> None:
+        """Removes what earlier parts of the run left: Lightning knows of its own process's files alone."""
+        if self.save_top_k != KEPT or self.dirpath is None or not trainer.is_global_zero:
+            return
+        written = [path for path in Path(self.dirpath).glob("*step*.ckpt") if OWN.fullmatch(path.name)]
+        for path in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:
+            trainer.strategy.remove_checkpoint(path)
 
 
 def _fetcher(trainer: Trainer) -> Any:

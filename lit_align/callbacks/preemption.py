@@ -18,13 +18,13 @@ class Preemption(Callback):
     Lightning then raises its `SIGTERMException`; the command line ends with exit code 143.
 
     Args:
-        folder: Where the checkpoint, `preempted.ckpt`, is written; None = nothing is written.
+        folder: Where the checkpoint, `preempted-step000012.ckpt`, is written; None = nothing is written.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__()
         self.folder = folder
-        self._told = False
+        self._told = self._waits = False
         self._step = 0
         self._group: Any = None
 
@@ -52,13 +52,30 @@ class Preemption(Callback):
         self._step = trainer.global_step
         if not self._any_rank_told():
             return
-        if self.folder is not None:
-            path = Path(self.folder) / "preempted.ckpt"
-            trainer.save_checkpoint(path)
-            rank_zero_info(f"SIGTERM: the run stops after step {self._step}; it can go on from {path}")
+        self._save(trainer)
+        loop = trainer.fit_loop
+        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            self._waits = True
         else:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops after a validation that was due: a resumed run does not make it again. Saves once more."""
+        if self._waits:
+            self._save(trainer)
+            self._stop(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.folder is None:
             rank_zero_info(f"SIGTERM: the run stops after step {self._step}; checkpoints are off, nothing was saved")
+            return
+        path = Path(self.folder) / f"preempted-step{self._step:06d}.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"SIGTERM: the run stops after step {self._step}; --resume true goes on from {path}")
+
+    def _stop(self, trainer: Trainer) -> None:
         # Lightning ends the run once this batch is accounted for and its metrics are logged.
+        self._waits = False
         trainer._signal_connector.received_sigterm = True
 
     def _tell(self, number: int, frame: FrameType | None) -> None:

@@ -36,13 +36,18 @@ class SaveRun(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
         self._started = time.perf_counter()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the configuration; that of a training run once its checkpoint, if any, was accepted."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the configuration; Lightning calls this on rank 0."""
         text = self.parser.dump(self.config, skip_unset=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         header = "".join(f"# {name} {number}\n" for name, number in versions().items())
-        name = "config" if stage == "fit" else stage
+        name = "config" if stage == "fit" else getattr(stage, "value", stage)
         path = folder / f"{name}.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != header + text:
             runs.set_aside(path)  # a resumed run may have other settings: the earlier ones stay on record
@@ -52,8 +57,12 @@ class SaveRun(SaveConfigCallback):
                 _to_wandb(logger, text)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock: models are built, data are there; and writes down what became of the records."""
+        """Starts the clock, and writes down the configuration and what became of the records."""
         self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+            if not trainer.fast_dev_run:
+                runs.link_latest(Path(trainer.default_root_dir))
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         as_dict = getattr(report, "as_dict", None)
         if trainer.is_global_zero and as_dict is not None:

@@ -11,6 +11,8 @@ _WARNINGS = (
     r".*Experiment logs directory .* exists and is not empty.*",  # so it is meant: one folder holds the whole run
     r"(?s).*Be aware that when using `ckpt_path`, callbacks used.*",  # validate and predict need none of them
     r".*is smaller than the logging interval.*",
+    r".*Checkpoint directory .* exists and is not empty.*",  # so it does after a resume
+    r".*module\(s\) in eval mode at the start of training.*",  # the reference and the reward model are
 )
 _ADVERTISEMENTS = ("litlogger", "litmodels")
 

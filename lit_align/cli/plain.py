@@ -33,6 +33,10 @@ def export(checkpoint: Path, out: Path, role: str | None = None, merge_lora: boo
 
         whole_run = checkpoint.is_dir() and (checkpoint / runs.CHECKPOINTS).is_dir()
         found = runs.last_checkpoint(checkpoint) if whole_run else checkpoint
+        if not runs.is_whole(found):
+            raise ValueError(
+                f"checkpoint: {found} is no checkpoint, or was cut; a run folder gives its newest whole one"
+            )
         export_checkpoint(str(found), str(out), role, merge_lora)
     print(f"wrote {out}")
 

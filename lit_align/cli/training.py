@@ -25,6 +25,7 @@ from lit_align.cli.errors import explain, message_for_user
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.keys import class_at
 from lit_align.cli.plugins import import_classes
+from lit_align.cli.resume import FinishedError, check_checkpoint, check_new, find
 
 TRAINER_DEFAULTS = {
     # The data modules plan which rank works on what; Lightning's sampler would shuffle and shard once more.
@@ -43,6 +44,9 @@ def run(args: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except FinishedError as finished:
+        print(finished)
+        return 0
     except SIGTERMException:
         return 143  # Lightning's own exception ends with 0, and a run that was stopped would look finished
     except Exception as error:
@@ -163,10 +167,13 @@ class AlignCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             given = given or runs.latest_run(root, stage)
             config["ckpt_path"] = str(runs.last_checkpoint(Path(given)))
-        elif config.get("resume") and self.subcommand == "fit" and config.get("ckpt_path") is None:
-            newest = given or runs.newest_run(root, stage)
-            if newest is not None and (found := runs.newest_checkpoint(Path(newest))):
-                given, config["ckpt_path"] = newest, str(found)
+        check_checkpoint(config.get("ckpt_path"))
+        if self.subcommand == "fit" and config.get("ckpt_path") is None:
+            if config.get("resume"):
+                if found := find(given, root, stage, config["trainer"]):
+                    given, config["ckpt_path"] = found
+            elif given is not None and not config["trainer"].get("fast_dev_run"):
+                check_new(given)
         if given is not None:
             return runs.given_run_dir(given)
         self._fresh = True
@@ -179,13 +186,22 @@ class AlignCLI(LightningCLI):
         try:
             with _building(self.packages):
                 super().instantiate_classes()
-            if self._fresh and self.subcommand == "fit" and not self.trainer.fast_dev_run:
-                runs.link_latest(self.run_dir)
         except BaseException:
-            if self._fresh:
-                with suppress(OSError):  # something is in it already, or another rank was faster
-                    self.run_dir.rmdir()
+            self._leave_nothing()
             raise
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def _leave_nothing(self) -> None:
+        """Removes the new run's folder if nothing was written to it."""
+        if self._fresh and self.run_dir is not None:
+            with suppress(OSError):  # something is in it already, or another rank was faster
+                self.run_dir.rmdir()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run has: a folder, a CSV log, checkpoints, exact resume, an export."""

@@ -45,7 +45,7 @@ def test_sigterm_writes_a_checkpoint_at_the_next_step_and_ends_with_143(stage, w
     folder = tmp_path / "stopped"
     assert killing.stop_after(killing.start(stage, folder), folder, 4, signal.SIGTERM) == 143
     step = killing.newest_step(folder)
-    assert (folder / "checkpoints" / "preempted.ckpt").is_file() and step >= 5
+    assert (folder / "checkpoints" / f"preempted-step{step:06d}.ckpt").is_file() and step >= 5
     assert f"SIGTERM: the run stops after step {step}" in (tmp_path / "stopped.log").read_text()
     killing.finish(killing.start(stage, folder), folder)
     # Nothing is lost: what was logged before the signal is there too.

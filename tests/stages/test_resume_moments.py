@@ -1,11 +1,15 @@
 """Wherever in Lightning's loop a checkpoint is written, and however often a run is resumed, it is the same run."""
 
+import os
+import signal
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_align.callbacks import Checkpoints, RandomState
+from lit_align.callbacks import Checkpoints, Preemption, RandomState
 from lit_align.models.source import LoraSettings, ModelSource
 from lit_align.stages import LitSFT
 
@@ -129,6 +133,43 @@ def test_a_run_that_was_ended_early_goes_on_with_the_rest_of_its_epoch(
     assert whole.global_step == longer.global_step == 9
     assert longer.current_epoch == whole.current_epoch
     assert [epoch for epoch, _ in watch.begun] == [epoch for epoch in range(3) if 3 * epoch >= stop]
+
+
+class Terminated(Callback):
+    """Sends the process a SIGTERM before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
+    step, tiny_model, conversations, make_data, make_trainer, tmp_path
+):
+    def go(folder, *callbacks, checkpoint=None):
+        stage, watch = LitSFT(ModelSource(path=str(tiny_model))), Watch()
+        torch.manual_seed(0)
+        callbacks = [RandomState(), KeepAll(tmp_path / folder, None), *callbacks, watch]
+        options = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": True}
+        trainer = make_trainer(**options, callbacks=callbacks)
+        try:
+            trainer.fit(stage, datamodule=make_data(conversations), ckpt_path=checkpoint)
+        except SIGTERMException:
+            watch.stopped = True
+        return stage, watch, trainer
+
+    before = signal.getsignal(signal.SIGTERM)
+    whole = go("whole")
+    _, stopped, _ = go("stopped", Preemption(str(tmp_path)), Terminated(step))
+    assert stopped.stopped and signal.getsignal(signal.SIGTERM) == before
+    rest = go("rest", checkpoint=tmp_path / f"preempted-step{step + 1:06d}.ckpt")
+    assert same(rest[0], whole[0])
+    assert stopped.validated + rest[1].validated == whole[1].validated
+    assert stopped.logged + rest[1].logged == whole[1].logged
 
 
 def test_a_limit_that_ends_inside_a_step_is_refused(tiny_model, conversations, make_data, make_trainer):
