@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datamodules.examples import Examples
 from datamodules.splitting import check_fraction
 
 
@@ -23,7 +24,7 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 def check_batch(batch_size: int | None, max_tokens: int | None, eval_batch_size: int | None) -> None:
     """Refuses sizes below 1, and a step that is given twice."""
     if batch_size is not None and max_tokens is not None:
-        raise ValueError(f"batch_size = {batch_size} and max_tokens = {max_tokens}: give one, and leave out the other")
+        raise ValueError(f"batch_size = {batch_size} and max_tokens = {max_tokens}: give one, set the other to null")
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "eval_batch_size": eval_batch_size}
     for name, value in sizes.items():
         if value is not None:
@@ -36,3 +37,10 @@ def held_out_fraction(validation: Any) -> float | None:
         return None
     check_fraction(validation)
     return float(validation)
+
+
+def too_long_for_a_step(max_tokens: int | None, train: Examples | None) -> list[str]:
+    """A warning if examples alone exceed the tokens of a step; such a step holds one of them and nothing else."""
+    if max_tokens is None or train is None or not (number := int((train.lengths > max_tokens).sum())):
+        return []
+    return [f"{number} examples of the train data are longer than max_tokens = {max_tokens}: each is a step of its own"]

@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.arguments import at_least, check_batch, held_out_fraction, one_of
+from datamodules.arguments import at_least, check_batch, held_out_fraction, one_of, too_long_for_a_step
 from datamodules.examples import Collate, Examples, Layout
 from datamodules.formats import resolve
 from datamodules.identity import check_same, identity_of
@@ -183,7 +183,7 @@ class AlignDataModule(Inspection, LightningDataModule):
                 self._add("validation", held_out, SplitReport(cached=done.report.cached, note=note))
             else:
                 self._add(split, self.examples(done.rows, np.arange(len(done.rows))), done.report)
-        self.report.warnings = self.warnings()
+        self.report.warnings = self.warnings() + too_long_for_a_step(self.max_tokens, self.datasets.get("train"))
         rank_zero_info(str(self.report))
 
     def plan_settings(self) -> dict[str, Any]:

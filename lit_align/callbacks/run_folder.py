@@ -63,13 +63,11 @@ class SaveRun(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
             if not trainer.fast_dev_run:
                 runs.link_latest(Path(trainer.default_root_dir))
-        report = getattr(getattr(trainer, "datamodule", None), "report", None)
-        as_dict = getattr(report, "as_dict", None)
-        if trainer.is_global_zero and as_dict is not None:
-            _write_json(Path(trainer.default_root_dir) / "data.json", as_dict())
+        _write_report(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes `results.json`."""
+        """Writes `results.json`, and what became of records that were read while the model trained."""
+        _write_report(trainer)
         self._write(trainer, pl_module, "results")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +105,13 @@ class SaveRun(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / f"{name}.json"
         _write_json(path, results)
         print(f"run folder: {path.parent}")
+
+
+def _write_report(trainer: Trainer) -> None:
+    report = getattr(getattr(trainer, "datamodule", None), "report", None)
+    as_dict = getattr(report, "as_dict", None)
+    if trainer.is_global_zero and as_dict is not None:
+        _write_json(Path(trainer.default_root_dir) / "data.json", as_dict())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -252,6 +252,17 @@ def test_lightning_keeps_the_cursor_in_its_checkpoint_and_puts_it_back(make, tmp
         assert state["cursor"] == {"epoch": (step - 1) // 4, "step": (step - 1) % 4 + 1}
 
 
+def test_an_example_that_fills_more_than_a_step_is_told(make):
+    longest = int(make(SFTDataModule).datasets["train"].lengths.max())
+    told = make(SFTDataModule, batch_size=None, max_tokens=longest - 1).report.warnings
+    assert any(f"longer than max_tokens = {longest - 1}" in text for text in told)
+    assert not any(
+        "max_tokens" in text for text in make(SFTDataModule, batch_size=None, max_tokens=longest).report.warnings
+    )
+    with pytest.raises(ValueError, match="give one, set the other to null"):
+        make(SFTDataModule, batch_size=2, max_tokens=10)
+
+
 def test_a_second_fit_without_checkpoint_begins_anew(make, tmp_path):
     data, runs = make(SFTDataModule, count=6, batch_size=3), [Counter(), Counter()]
     for model in runs:
