@@ -16,7 +16,7 @@ from datamodules.mixtures import mixture_weights
 from datamodules.report import SplitReport
 from datamodules.store import Guard, tokenizer_fingerprint
 from datamodules.stream import START, Stream, add_counts
-from lit_align.batch import outlive_sigterm
+from lit_align.batch import outlive_sigterm, sigterm_held
 
 if TYPE_CHECKING:
     from datamodules.base import AlignDataModule
@@ -111,8 +111,10 @@ class StreamLoader:
         workers |= {"generator": torch.Generator(), "worker_init_fn": outlive_sigterm}
         stream = replace(self.stream, start=dict(self.cursor))
         loader = DataLoader(stream, batch_size=None, **workers)
+        with sigterm_held():
+            items = iter(loader)
         try:
-            yield from self._batches(loader)
+            yield from self._batches(items)
         finally:  # the run is over, or broken off
             if self.report.records:
                 self._tell()

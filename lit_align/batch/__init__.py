@@ -1,6 +1,6 @@
 """The data contract between data modules, rollouts and stages: types, layouts (packing) and step plans."""
 
-from lit_align.batch.loader import PlannedLoader, outlive_sigterm
+from lit_align.batch.loader import PlannedLoader, outlive_sigterm, sigterm_held
 from lit_align.batch.packing import LayOut, pack, pad
 from lit_align.batch.plan import MicroPlan, epoch_order, plan_epoch, plan_step, split_step
 from lit_align.batch.types import (
@@ -32,5 +32,6 @@ __all__ = [
     "pad",
     "plan_epoch",
     "plan_step",
+    "sigterm_held",
     "split_step",
 ]

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,9 @@ class PlannedLoader:
             generator=torch.Generator(),
             worker_init_fn=outlive_sigterm,
         )
-        for batch in loader:
+        with sigterm_held():  # until the workers can tell who sends it
+            batches = iter(loader)
+        for batch in batches:
             self.seen += 1
             yield batch
 
@@ -136,6 +139,19 @@ class PlannedLoader:
         """Puts the cursor back; the next pass goes on from there instead of beginning an epoch."""
         self.epoch, self.seen = int(state["epoch"]), int(state["step"]) * self.micro_batches
         self._restored = True
+
+
+@contextmanager
+def sigterm_held() -> Iterator[None]:
+    """Holds a SIGTERM to this thread back, and lets the processes that are started meanwhile hold it back for good."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_sigterm(worker: int) -> None:

@@ -168,7 +168,7 @@ EDITS = [
     Edit(
         "value clipped around the return",
         POLICY,
-        "(old_values + (values - old_values).clamp(-clip_range, clip_range) - returns)",
+        "(old_values + step.clamp(-clip_range, clip_range) - returns)",
         "(returns + (values - returns).clamp(-clip_range, clip_range) - returns)",
         T_POLICY + "test_clipped_value",
     ),

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,11 @@ SECONDS = 120
 def start(stage: str, run_dir: Path, *options: str) -> subprocess.Popen:
     """A run of the stage in a process of its own, with loader workers."""
     command = [sys.executable, "-m", "lit_align", "fit", "--config", f"configs/{stage}.yaml", f"--run_dir={run_dir}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LIT_ALIGN_CACHE": str(run_dir.parent / "cache")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "LIT_ALIGN_CACHE": str(run_dir.parent / "cache"),
+    }
     output = open(run_dir.parent / f"{run_dir.name}.log", "a")  # noqa: SIM115 (the process writes to it)
     return subprocess.Popen(
         [*command, *COMMON, *OPTIONS[stage], *options],
@@ -64,14 +67,6 @@ def finish(process: subprocess.Popen, run_dir: Path) -> None:
     """Waits for a run that has to end by itself."""
     status = process.wait(SECONDS)
     assert status == 0, (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to this"
-        time.sleep(0.005)
 
 
 def stop_after(process: subprocess.Popen, run_dir: Path, step: int, sent: signal.Signals, delay: float = 0.0) -> int:

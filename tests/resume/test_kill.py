@@ -74,13 +74,3 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     folder = tmp_path / "two"
     assert killing.stop_after(killing.start("rm", folder, *TWO), folder, 4, signal.SIGTERM) == 143
     assert killing.newest_step(folder) >= 5
-
-
-def test_sigterm_before_the_first_step_stops_after_it(tmp_path):
-    """While the ranks are still setting up; Lightning's own answer to the signal would let them wait for ever."""
-    folder, log = tmp_path / "early", tmp_path / "early.log"
-    process = killing.start("rm", folder, *TWO, "--trainer.enable_model_summary=true")
-    killing.wait_for(lambda: log.exists() and "Trainable params" in log.read_text())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(killing.SECONDS) in (143, -signal.SIGTERM)
-    assert "Traceback" not in log.read_text()
