@@ -252,6 +252,32 @@ def test_lightning_keeps_the_cursor_in_its_checkpoint_and_puts_it_back(make, tmp
         assert state["cursor"] == {"epoch": (step - 1) // 4, "step": (step - 1) % 4 + 1}
 
 
+def test_loaders_that_are_asked_for_anew_go_on_where_the_old_ones_were(make, tmp_path):
+    runs = [Counter(), Counter()]
+    for model, options in zip(runs, ({}, {"reload_dataloaders_every_n_epochs": 1}), strict=True):
+        fit = trainer(tmp_path, max_epochs=3, enable_checkpointing=False, **options)
+        fit.fit(model, make(SFTDataModule, count=6, batch_size=2))
+    assert runs[0].batches == runs[1].batches and len(runs[0].batches) == 9
+
+
+def test_validating_with_a_checkpoint_resumes_nothing_and_refuses_nothing(make, tmp_path):
+    data, keep = make(SFTDataModule, count=12, validation=0.3, batch_size=2), ModelCheckpoint(tmp_path, filename="one")
+    trainer(tmp_path, max_epochs=1, callbacks=keep).fit(Counter(), data)
+    other = make(SFTDataModule, count=12, validation=0.3, batch_size=4, eval_batch_size=2)
+    trainer(tmp_path, enable_checkpointing=False).validate(Counter(), other, ckpt_path=tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"data\.batch_size: the run began with 2, now it is 4"):
+        trainer(tmp_path, max_epochs=2).fit(Counter(), other, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_validating_in_between_keeps_the_place_of_the_training_data(make, tmp_path):
+    data, model = make(SFTDataModule, count=12, validation=0.3, batch_size=2), Counter()
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    fit.fit(model, data)
+    before = data.state_dict()
+    fit.validate(model, data)
+    assert data.state_dict() == before and before["identity"]
+
+
 def test_an_example_that_fills_more_than_a_step_is_told(make):
     longest = int(make(SFTDataModule).datasets["train"].lengths.max())
     told = make(SFTDataModule, batch_size=None, max_tokens=longest - 1).report.warnings
