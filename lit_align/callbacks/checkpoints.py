@@ -50,8 +50,8 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes one after a step whose turn it is, and after the last step of a run that ends inside an epoch."""
-        loop = trainer.fit_loop.epoch_loop
-        if self._due(trainer) and not loop._should_accumulate() and not loop._should_check_val_fx(_fetcher(trainer)):
+        inside = trainer.fit_loop.epoch_loop._should_accumulate()
+        if self._due(trainer) and not inside and not validation_is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,5 +83,8 @@ class Checkpoints(ModelCheckpoint):
             trainer.strategy.remove_checkpoint(path)
 
 
-def _fetcher(trainer: Trainer) -> Any:
-    return trainer.fit_loop._data_fetcher
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning will validate once the hooks of this batch have run."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

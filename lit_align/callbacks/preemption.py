@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 
+from lit_align.callbacks.checkpoints import validation_is_due
+
 
 class Preemption(Callback):
     """After a SIGTERM to any rank, writes a checkpoint at the next optimizer step and ends the run.
@@ -53,8 +55,7 @@ class Preemption(Callback):
         if not self._any_rank_told():
             return
         self._save(trainer)
-        loop = trainer.fit_loop
-        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if validation_is_due(trainer):
             self._waits = True
         else:
             self._stop(trainer)

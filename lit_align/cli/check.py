@@ -22,7 +22,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 
-from lit_align.cli.errors import message_for_user
+from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.measure import Difference, Measurement, StepRecorder, compare
 from lit_align.cli.plugins import import_classes
@@ -88,10 +88,7 @@ def run(args: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     except Exception as error:
-        message = message_for_user(error, packages)
-        if message is None or os.environ.get("LIT_ALIGN_DEBUG") == "1":
-            raise
-        print(f"lit-align: {message}\n(LIT_ALIGN_DEBUG=1 shows where it comes from)", file=sys.stderr)
+        tell(error, packages)
         return 2
 
 

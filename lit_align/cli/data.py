@@ -6,7 +6,6 @@ loaded, no run folder is made.
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_align.cli.errors import message_for_user
+from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.plugins import import_classes
 from lit_align.cli.training import AlignCLI, ConfigError
@@ -61,10 +60,7 @@ def run(args: Sequence[str]) -> int:
         print(error if isinstance(error, ConfigError) else f"lit-align: data {action}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        message = message_for_user(error, packages)
-        if message is None or os.environ.get("LIT_ALIGN_DEBUG") == "1":
-            raise
-        print(f"lit-align: {message}\n(LIT_ALIGN_DEBUG=1 shows where it comes from)", file=sys.stderr)
+        tell(error, packages)
         # An error that knows where a record stands is one of the data; every other is one of the configuration.
         return 1 if hasattr(error, "origin") else 2
 

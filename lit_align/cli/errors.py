@@ -7,7 +7,9 @@ that this library, its plugins or Lightning raise on purpose. Whatever else is r
 from __future__ import annotations
 
 import dis
+import os
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -198,6 +200,14 @@ def _broken_yaml(args: Sequence[str]) -> Problem | None:
             what = ", ".join(filter(None, (error.context, error.problem)))
             return Problem(f"not YAML: {what}", where=where)
     return None
+
+
+def tell(error: Exception, packages: Iterable[str]) -> None:
+    """Prints an error that was raised on purpose; a bug, or any error under LIT_ALIGN_DEBUG=1, is raised again."""
+    message = message_for_user(error, packages)
+    if message is None or os.environ.get("LIT_ALIGN_DEBUG") == "1":
+        raise error
+    print(f"lit-align: {message}\n(LIT_ALIGN_DEBUG=1 shows where it comes from)", file=sys.stderr)
 
 
 def message_for_user(error: BaseException, packages: Iterable[str]) -> str | None:

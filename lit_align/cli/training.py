@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lit_align import runs
 from lit_align.callbacks import Checkpoints, ExportHF, PredictionRows, Preemption, RandomState, SaveRun
 from lit_align.checkpoint_io import WholeCheckpointIO
-from lit_align.cli.errors import explain, message_for_user
+from lit_align.cli.errors import explain, message_for_user, tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.keys import class_at
 from lit_align.cli.plugins import import_classes
@@ -50,10 +49,7 @@ def run(args: Sequence[str]) -> int:
     except SIGTERMException:
         return 143  # Lightning's own exception ends with 0, and a run that was stopped would look finished
     except Exception as error:
-        message = message_for_user(error, packages)
-        if message is None or os.environ.get("LIT_ALIGN_DEBUG") == "1":
-            raise
-        print(f"lit-align: {message}\n(LIT_ALIGN_DEBUG=1 shows where it comes from)", file=sys.stderr)
+        tell(error, packages)
         # What the trainer finds wrong with its own settings is configuration too, however late it finds it.
         return 2 if isinstance(error, (MisconfigurationException, _Unbuilt)) else 1
     return 0

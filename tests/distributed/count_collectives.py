@@ -51,16 +51,11 @@ def main(model: str, out: str) -> None:
     """See the module."""
     counter = Counter()
     trainer = Trainer(
-        accelerator="cpu",
+        **made.QUIET,
         devices=2,
         strategy="ddp",
         accumulate_grad_batches=4,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         log_every_n_steps=1000,
         limit_val_batches=0,
         callbacks=[Preemption(), counter],

@@ -52,16 +52,11 @@ def run(name: str, model: str, devices: int, accumulate: int) -> dict:
     logged: list = []
     stage.log = lambda name, value, **_: logged.append((name, float(value)))
     trainer = Trainer(
-        accelerator="cpu",
+        **made.QUIET,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         accumulate_grad_batches=accumulate,
         max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         log_every_n_steps=1,
         limit_val_batches=0,
         gradient_clip_val=1.0,

@@ -37,15 +37,10 @@ class Terminated(Callback):
 def main(model: str, folder: str, rank: str) -> None:
     """Leaves a file named after the step at which this rank stopped."""
     trainer = Trainer(
-        accelerator="cpu",
+        **made.QUIET,
         devices=2,
         strategy="ddp",
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         num_sanity_val_steps=1,
         limit_val_batches=1,
         callbacks=[Preemption(folder), Terminated(int(rank))],

@@ -13,6 +13,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lit_align.batch import Branch, Example, PlannedLoader, PromptBatch, pack, pad
 
 BYTES = 256
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+"""Settings of a trainer that writes and prints nothing."""
 
 
 class ExampleData(LightningDataModule):
@@ -89,13 +98,8 @@ def make_trainer(tmp_path: Path):
 
     def make(**options) -> Trainer:
         settings = {
-            "accelerator": "cpu",
+            **QUIET,
             "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "limit_val_batches": 0,
