@@ -57,7 +57,7 @@ class LitDPO(ReferencedStage):
         loss: PreferenceLoss = Sigmoid(beta=0.1),  # noqa: B008 (frozen, and jsonargparse shows it)
         reference: ModelSource | None = None,
         rpo_alpha: float | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)

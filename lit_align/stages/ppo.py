@@ -91,7 +91,7 @@ class LitPPO(ReferencedStage):
         estimator: AdvantageEstimator = GAE(),  # noqa: B008 (frozen)
         ppo: PPOSettings = PPOSettings(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         critic_lr: float | None = None,
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:

@@ -35,7 +35,7 @@ class LitSFT(PolicyStage):
     def __init__(
         self,
         policy: ModelSource,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
