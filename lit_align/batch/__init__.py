@@ -7,17 +7,21 @@ from lit_align.batch.types import (
     IGNORE_INDEX,
     Branch,
     Example,
+    KeyGather,
     MicroBatch,
     PromptBatch,
     Scored,
     Segment,
     StepTotals,
+    Varlen,
 )
+from lit_align.batch.varlen import varlen
 
 __all__ = [
     "IGNORE_INDEX",
     "Branch",
     "Example",
+    "KeyGather",
     "LayOut",
     "MicroBatch",
     "MicroPlan",
@@ -26,6 +30,7 @@ __all__ = [
     "Scored",
     "Segment",
     "StepTotals",
+    "Varlen",
     "epoch_order",
     "outlive_sigterm",
     "pack",
@@ -34,4 +39,5 @@ __all__ = [
     "plan_step",
     "sigterm_held",
     "split_step",
+    "varlen",
 ]
