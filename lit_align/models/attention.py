@@ -54,6 +54,11 @@ def packed_attention(
     Returns:
         The output [rows, T, query heads, D], and None in place of the weights.
     """
+    if varlen is None and is_marker(attention_mask):
+        raise ValueError(
+            f"{type(module).__name__}'s model does not hand its arguments on to its attention, so packed rows do not "
+            "reach it; use `attention: sdpa` for this model"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if varlen is None and softcap is None:
         kwargs |= {"sliding_window": sliding_window}
@@ -69,6 +74,20 @@ def packed_attention(
     query, key, value = _one_dtype(query, key, value)
     scores = Scores(scale, _window(module, sliding_window), softcap)
     return _packed(query, key, value, varlen, scores, dropout).contiguous(), None
+
+
+def marker(input_ids: Tensor) -> Tensor:
+    """What stands in for the attention mask of a packed row.
+
+    A four-dimensional mask is taken for a finished one and handed through; without it transformers would find the
+    restarting positions and build a dense mask over the whole pack.
+    """
+    return input_ids.new_zeros((1, 1, 1, 1))
+
+
+def is_marker(attention_mask: Tensor | None) -> bool:
+    """Whether the mask is the one of packed rows; real ones are boolean or floating."""
+    return attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype == torch.long
 
 
 def _window(module: nn.Module, given: int | None) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.batch import MicroBatch
-from lit_align.models.attention import PACKED
+from lit_align.models.attention import PACKED, marker
 from lit_align.models.head import TokenStats, head_stats
 from lit_align.models.unpacking import rectangle, tell_unpacked
 
@@ -34,9 +34,7 @@ def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
     elif trunk.config._attn_implementation != PACKED:
         return _unpacked(trunk, batch)
     else:
-        # A four-dimensional mask is taken for a finished one and handed through; without it transformers would
-        # find the restarting positions and build a dense mask over the whole pack. "packed" never looks at it.
-        layout = {"attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)), "varlen": batch.varlen}
+        layout = {"attention_mask": marker(batch.input_ids), "varlen": batch.varlen}
     return _last_hidden(trunk, batch.input_ids, batch.position_ids, **layout)
 
 
@@ -49,7 +47,9 @@ def _unpacked(trunk: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def _last_hidden(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, **layout: Any) -> Tensor:
-    return trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout).last_hidden_state.flatten(0, 1)
+    return trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout).last_hidden_state.flatten(
+        0, 1
+    )
 
 
 def token_stats(

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 WINDOWS_IN_MASKS = ("doge", "phimoe")
 """Model types whose layers know of their sliding window through the mask alone."""
+KEPT_ARGUMENTS = ("nemotron",)
+"""Model types whose layers do not hand arguments on to their attention."""
 
 
 def is_packable(model: PreTrainedModel) -> bool:
@@ -22,5 +24,6 @@ def is_packable(model: PreTrainedModel) -> bool:
     plain_layers = set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES
     looks_ahead = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False
     chunked = bool(getattr(config, "attention_chunk_size", None))
+    reached = config.model_type not in KEPT_ARGUMENTS
     hidden_window = config.model_type in WINDOWS_IN_MASKS and getattr(config, "sliding_window", None) is not None
-    return exchangeable and plain_layers and not (looks_ahead or chunked or hidden_window)
+    return exchangeable and plain_layers and reached and not (looks_ahead or chunked or hidden_window)

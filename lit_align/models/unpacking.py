@@ -7,7 +7,7 @@ once for each branch, which is what packing saves.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from logging import getLogger
 from typing import NamedTuple
 
@@ -52,14 +52,16 @@ def rectangle(segments: tuple[Segment, ...]) -> Rectangle:
     sources, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     places = torch.full((max(s.stop for s in segments),), -1)
     for row, (branch, size) in enumerate(zip(branches, sizes, strict=True)):
-        tokens = torch.cat([torch.arange(branch.prefix_start, branch.prefix_stop), torch.arange(branch.start, branch.stop)])
+        tokens = torch.cat(
+            [torch.arange(branch.prefix_start, branch.prefix_stop), torch.arange(branch.start, branch.stop)]
+        )
         sources[row, :size], attention_mask[row, :size] = tokens, 1
         here = row * shape[1] + torch.arange(size)
         places[tokens] = torch.where(places[tokens] < 0, here, places[tokens])
     return Rectangle(sources, attention_mask, places)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tell_unpacked(trunk: str, attention: str) -> None:
     """Says once for each kind of trunk that packed batches are padded for it.
 

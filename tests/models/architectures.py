@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,13 +50,15 @@ class Architecture(NamedTuple):
         options: Beside COMMON.
         packed: Whether it takes packed rows; else they are padded before its trunk.
         own: The attention of transformers that it is compared with.
+        limit: Of the relative difference of gradients, in float64; a tenth of it for log-probabilities.
     """
 
     name: str
     model_type: str
-    options: dict = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     packed: bool = True
     own: str = "eager"
+    limit: float = 1e-12
 
 
 ARCHITECTURES = [
@@ -65,16 +69,44 @@ ARCHITECTURES = [
         "Qwen2, sliding window", "qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     ),
     Architecture("Qwen3", "qwen3"),
-    Architecture("Qwen2-MoE, sliding window", "qwen2_moe", MOE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "shared_expert_intermediate_size": 24}),
+    Architecture(
+        "Qwen2-MoE, sliding window",
+        "qwen2_moe",
+        MOE
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
     Architecture("Qwen3-MoE", "qwen3_moe", MOE),
     Architecture("Mistral, sliding window", "mistral", {"sliding_window": 5}),
     Architecture("Mixtral", "mixtral", MOE),
     Architecture("Gemma", "gemma"),
-    Architecture("Gemma 2, soft-capped, sliding window", "gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "attention_dropout": 0.0}),
-    Architecture("VaultGemma, soft-capped", "vaultgemma", {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5}),
+    Architecture(
+        "Gemma 2, soft-capped, sliding window",
+        "gemma2",
+        {
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    Architecture(
+        "VaultGemma, soft-capped",
+        "vaultgemma",
+        {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5},
+    ),
     Architecture("Gemma 3 (text), sliding window", "gemma3_text", {"sliding_window": 5}),
     Architecture("Phi", "phi", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    Architecture("Phi-3", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_window": 6} | NO_DROPOUT),
+    Architecture(
+        "Phi-3",
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_window": 6} | NO_DROPOUT,
+    ),
     Architecture("GPT-2", "gpt2", SMALL_GPT2),
     Architecture("GPT-BigCode", "gpt_bigcode", SMALL_GPT2),
     Architecture("GPT-NeoX", "gpt_neox"),
@@ -82,12 +114,14 @@ ARCHITECTURES = [
     Architecture("OLMo", "olmo"),
     Architecture("OLMo2", "olmo2"),
     Architecture("OLMo3, sliding window", "olmo3", {"sliding_window": 4}),
-    Architecture("Granite", "granite", {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}),
+    Architecture(
+        "Granite", "granite", {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}
+    ),
     Architecture("Cohere", "cohere"),
     Architecture("Cohere2, sliding window", "cohere2", {"sliding_window": 4}),
     Architecture("SmolLM3", "smollm3", {"no_rope_layers": [1, 0]}),
     Architecture("StarCoder2", "starcoder2", {"sliding_window": 4, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
-    Architecture("Nemotron", "nemotron"),
+    Architecture("Nemotron", "nemotron", {}, False),
     Architecture("GLM", "glm", {"partial_rotary_factor": 0.5}),
     Architecture("GLM4", "glm4", {"partial_rotary_factor": 0.5}),
     Architecture("Ministral, sliding window", "ministral", {"sliding_window": 4}),
@@ -95,36 +129,122 @@ ARCHITECTURES = [
     Architecture("ERNIE 4.5", "ernie4_5"),
     Architecture("Hunyuan (dense)", "hunyuan_v1_dense"),
     Architecture("EXAONE 4, sliding window", "exaone4", {"sliding_window": 4, "sliding_window_pattern": 2}),
-    Architecture("DeepSeek-V3", "deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "num_key_value_heads": 4, "first_k_dense_replace": 1}),
+    Architecture(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+            "head_dim": None,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+        },
+    ),
     Architecture("StableLM", "stablelm", {}, False),
-    Architecture("Falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, False),
+    Architecture("Falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}, False),
     Architecture("BLOOM (ALiBi)", "bloom", {"n_layer": 2, "n_head": 4}, False),
     Architecture("GPT-J", "gptj", SMALL_GPT2 | {"rotary_dim": 4}, False),
-    Architecture("GPT-Neo", "gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4, "intermediate_size": None, "resid_dropout": 0.0, "embed_dropout": 0.0}, False),
-    Architecture("GPT-OSS (sinks)", "gpt_oss", MOE | {"sliding_window": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, False),
-    Architecture("PhiMoE, sliding window", "phimoe", MOE | {"sliding_window": 4}, False, "sdpa"),
-    Architecture("Llama 4 (text)", "llama4_text", MOE | {"attention_chunk_size": 4, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0]}, False),
+    Architecture(
+        "GPT-Neo",
+        "gpt_neo",
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+            "intermediate_size": 48,
+            "resid_dropout": 0.0,
+            "embed_dropout": 0.0,
+        },
+        False,
+    ),
+    Architecture(
+        "GPT-OSS (sinks)",
+        "gpt_oss",
+        MOE | {"sliding_window": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        False,
+    ),
+    Architecture(
+        "PhiMoE, sliding window",
+        "phimoe",
+        MOE | {"sliding_window": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+        False,
+        "sdpa",
+    ),
     Architecture("Mamba", "mamba", STATE, False),
     Architecture("Mamba 2", "mamba2", STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}, False),
-    Architecture("RecurrentGemma", "recurrent_gemma", {"lru_width": 32, "attention_window_size": 6, "block_types": ["recurrent", "attention"], "attention_dropout": 0.0}, False),
+    Architecture(
+        "RecurrentGemma",
+        "recurrent_gemma",
+        {
+            "lru_width": 32,
+            "attention_window_size": 6,
+            "block_types": ["recurrent", "attention"],
+            "attention_dropout": 0.0,
+            "logits_soft_cap": 1e6,
+        },
+        False,
+        limit=1e-5,
+    ),  # its recurrence is in float32 whatever it is asked
     Architecture("Qwen3-Next", "qwen3_next", MOE | LINEAR, False),
-    Architecture("LFM2 (convolutions)", "lfm2", {"conv_L_cache": 3, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, False),
-    Architecture("Jamba", "jamba", MOE | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}, False),
-    Architecture("Falcon-H1", "falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 8}, False),
+    Architecture(
+        "LFM2 (convolutions)",
+        "lfm2",
+        {"conv_L_cache": 3, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+        False,
+    ),
+    Architecture(
+        "Jamba",
+        "jamba",
+        MOE
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        False,
+    ),
+    Architecture(
+        "Falcon-H1",
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 4,
+            "mamba_chunk_size": 8,
+        },
+        False,
+    ),
 ]
 
 
 def build(architecture: Architecture, attention: str, dtype: torch.dtype = torch.float32):
     """The tiny network; equal weights whatever the attention."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture.model_type, **(COMMON | architecture.options))
+    options = {name: value for name, value in {**COMMON, **architecture.options}.items() if value is not None}
+    config = AutoConfig.for_model(architecture.model_type, **options)
+    config._experts_implementation = "eager"  # the grouped products of experts have no float64
     own = architecture.own if attention == "packed" else attention
     model = AutoModelForCausalLM.from_config(config, attn_implementation=own).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones would hide what they should multiply
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float32).to(dtype))
     set_attention(model, attention)
-    return model.train()
+    return model.eval()
 
 
 def forest(generator: torch.Generator) -> list[Example]:
