@@ -7,6 +7,8 @@ the device.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -112,12 +114,18 @@ def _has_kernel(query: Tensor, value: Tensor, window: int | None) -> bool:
     size = query.shape[-1]
     return (
         query.is_cuda
+        and _has_flash(query.device)
         and query.dtype in (torch.bfloat16, torch.float16)
         and size == value.shape[-1]
         and size <= 256
         and size % 8 == 0
         and (window is None or installed_kernel().has_window)
     )
+
+
+@lru_cache(maxsize=64)
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

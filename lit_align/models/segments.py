@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from lit_align.batch import Segment
 
 BLOCK = 64
-"""Queries of a block: fewer spend more time between products, more spend products above the diagonal."""
+"""Queries of a block on a CPU: fewer spend more time between products, more spend products above the diagonal."""
+GPU_BLOCK = 512
+"""On anything else, where every product is a launch."""
 
 
 class Scores(NamedTuple):
@@ -71,7 +73,7 @@ class _SpanAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for span in spans:
                 keys, values = _keys(k, span), _keys(v, span)
-                for block in _blocks(span, scores.window):
+                for block in _blocks(span, scores.window, k.device):
                     seen = slice(block.first, block.last)
                     weights, _ = _weights(_queries(q, block), keys[:, seen], block, scores)
                     _put(rows, block, torch.bmm(weights, values[:, seen]))
@@ -104,7 +106,7 @@ def _span_backward(
     """Puts the gradient of the span's queries in place; returns that of its keys and of its values."""
     (q, keys, values), (wanted, inner) = inputs, known
     into_keys, into_values = torch.zeros_like(keys), torch.zeros_like(values)
-    for block in _blocks(span, scores.window):
+    for block in _blocks(span, scores.window, keys.device):
         seen = slice(block.first, block.last)
         queries, upstream = _queries(q, block), _queries(wanted, block)
         weights, slope = _weights(queries, keys[:, seen], block, scores)
@@ -144,10 +146,11 @@ def _hidden(
         return torch.zeros(size, columns, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
 
-def _blocks(span: Segment, window: int | None) -> Iterator[Block]:
+def _blocks(span: Segment, window: int | None, device: torch.device) -> Iterator[Block]:
     before = span.prefix_stop - span.prefix_start - span.start
-    for start in range(span.start, span.stop, BLOCK):
-        stop = min(start + BLOCK, span.stop)
+    size = BLOCK if device.type == "cpu" else GPU_BLOCK
+    for start in range(span.start, span.stop, size):
+        stop = min(start + size, span.stop)
         first = 0 if window is None else max(0, before + start - window + 1)
         yield Block(start, stop, first, before + stop, before + start - first)
 

@@ -39,6 +39,7 @@ class Rectangle(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what validation leaves in the cache has to serve training too
 def rectangle(segments: tuple[Segment, ...]) -> Rectangle:
     """Lays the segments of a packed row out as a padded rectangle, on the CPU.
 
