@@ -8,17 +8,21 @@ from lit_align.batch.types import (
     IGNORE_INDEX,
     Branch,
     Example,
+    KeyGather,
     MicroBatch,
     PromptBatch,
     Scored,
     Segment,
     StepTotals,
+    Varlen,
 )
+from lit_align.batch.varlen import varlen
 
 __all__ = [
     "IGNORE_INDEX",
     "Branch",
     "Example",
+    "KeyGather",
     "LayOut",
     "MicroBatch",
     "MicroPlan",
@@ -27,6 +31,7 @@ __all__ = [
     "Scored",
     "Segment",
     "StepTotals",
+    "Varlen",
     "epoch_order",
     "example_parts",
     "outlive_sigterm",
@@ -37,4 +42,5 @@ __all__ = [
     "sigterm_held",
     "split_step",
     "token_parts",
+    "varlen",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_align.batch.types import Branch, Example, MicroBatch, Scored, Segment, StepTotals
+from lit_align.batch.varlen import varlen
 
 LayOut = Callable[[Sequence[Example], Sequence[int], StepTotals], MicroBatch]
 """Makes a micro-batch from examples, their indices and the step's totals, as `pack` and `pad` do."""
@@ -52,13 +53,16 @@ def pack(examples: Sequence[Example], indices: Sequence[int], totals: StepTotals
             segments.append(Segment(at, at + size, prefix_start, prefix_start + prefix))
             table.add(branch, at, prefix_start + prefix - 1 if prefix else None)
             at += size
+    shared = table.fields(examples, indices, totals)
+    segments = segments or [Segment(0, 1)]
     return MicroBatch(
         input_ids=_row(ids),
         position_ids=_row(positions),
         attention_mask=None,
-        segments=tuple(segments) or (Segment(0, 1),),
+        segments=tuple(segments),
         num_tokens=at,
-        **table.fields(examples, indices, totals),
+        varlen=varlen(segments),
+        **shared,
     )
 
 

@@ -94,6 +94,46 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class KeyGather:
+    """How keys and values are laid out anew so that each span of queries has all of its keys in one piece: K of them.
+
+    A token is one key of its own span, and one more of each other span that it is a prefix of.
+
+    Attributes:
+        keys: Position in the packed row that each key comes from, int64 [K].
+        own: Place among the keys where each token of the row stands in its own span, int64 [T].
+        prefix: Positions in the packed row of the tokens that other spans see too, int64 [P].
+        copies: Places among the keys where they do, int64 [P, n - 1] with n branches to a prefix.
+    """
+
+    keys: Tensor
+    own: Tensor
+    prefix: Tensor
+    copies: Tensor
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """Bounds of the packed row for attention with variable lengths; see `lit_align.batch.varlen`.
+
+    Attributes:
+        spans: The segments, each prefix joined with its first branch (a plain causal sequence); they cover the row.
+        cu_seqlens_q: Where each span's queries start, and the end, int32 [spans + 1].
+        cu_seqlens_k: The same for its keys (its prefix, then its own), int32 [spans + 1].
+        max_q: Most queries of a span.
+        max_k: Most keys of a span.
+        gather: How the keys are laid out; None = as the row is, for no span needs another one's keys.
+    """
+
+    spans: tuple[Segment, ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    gather: KeyGather | None
+
+
+@dataclass(frozen=True)
 class Scored:
     """The table of scored tokens: one row for each token whose log-probability a loss needs, N rows.
 
@@ -133,6 +173,7 @@ class MicroBatch:
         indices: Index of each example in its dataset, int64 [B].
         num_tokens: Unique real tokens: no padding, a prefix counted once.
         scored_counts: Scored tokens of each sequence; S plain ints, so that nobody asks the device for them.
+        varlen: What `segments` say, in the form that attention takes; None when padded.
     """
 
     input_ids: Tensor
@@ -148,6 +189,7 @@ class MicroBatch:
     indices: Tensor
     num_tokens: int
     scored_counts: tuple[int, ...]
+    varlen: Varlen | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -195,7 +237,7 @@ def _move(value: Any, *args: Any, **kwargs: Any) -> Any:
         return {k: _move(v, *args, **kwargs) if isinstance(v, Tensor) else v for k, v in value.items()}
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
         return tuple(v.to(*args, **kwargs) for v in value)
-    if isinstance(value, (MicroBatch, PromptBatch, Scored)):
+    if isinstance(value, (MicroBatch, PromptBatch, Scored, Varlen, KeyGather)):
         moved = {f.name: _move(getattr(value, f.name), *args, **kwargs) for f in fields(value)}
         return replace(value, **moved)
     return value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lit_align.batch import MicroBatch, example_parts, token_parts
-from lit_align.models.attention import PACKED
+from lit_align.models.attention import PACKED, marker
 from lit_align.models.head import LossOfPart, TokenStats, head_logps, head_loss, head_stats
 from lit_align.models.projection import chunk_rows
+from lit_align.models.unpacking import rectangle, tell_unpacked
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -29,23 +32,25 @@ def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
     trunk = base_model(model).base_model
     if batch.segments is None:
         layout = {"attention_mask": batch.attention_mask}
+    elif trunk.config._attn_implementation != PACKED:
+        return _unpacked(trunk, batch)
     else:
-        _check_packable(trunk)
-        # A four-dimensional mask is taken for a finished one and handed through; without it transformers would
-        # find the restarting positions and build a dense mask over the whole pack. "packed" never looks at it.
-        layout = {"attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)), "segments": batch.segments}
-    output = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
-    return output.last_hidden_state.flatten(0, 1)
+        layout = {"attention_mask": marker(batch.input_ids), "varlen": batch.varlen}
+    return _last_hidden(trunk, batch.input_ids, batch.position_ids, **layout)
 
 
-def _check_packable(trunk: nn.Module) -> None:
-    attention = trunk.config._attn_implementation
-    if attention != PACKED:
-        # Any other attention would take the mask at its word: every token would see the whole pack, the future too.
-        raise ValueError(
-            f"{type(trunk).__name__} with attention {attention!r} cannot take packed batches; use `attention: packed` "
-            "where the architecture has it, else `layout: padded` in the data module"
-        )
+def _unpacked(trunk: nn.Module, batch: MicroBatch) -> Tensor:
+    """Hidden states of the packed positions from a trunk that cannot take a packed row."""
+    tell_unpacked(type(trunk).__name__, trunk.config._attn_implementation)
+    padded = rectangle(batch.segments).to(batch.input_ids.device)
+    ids, positions = batch.input_ids[0][padded.sources], batch.position_ids[0][padded.sources]
+    return _last_hidden(trunk, ids, positions, attention_mask=padded.attention_mask)[padded.places]
+
+
+def _last_hidden(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, **layout: Any) -> Tensor:
+    return trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout).last_hidden_state.flatten(
+        0, 1
+    )
 
 
 def token_loss(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from logging import getLogger
 from typing import TYPE_CHECKING
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_align.models.adapters import add_adapters
 from lit_align.models.attention import PACKED
+from lit_align.models.packable import is_packable
 from lit_align.models.pretrained import read_pretrained, refuse_missing
 from lit_align.models.scalar import HEAD, align_padding, install_head
 from lit_align.models.scratch import fresh_config
@@ -17,8 +17,6 @@ from lit_align.models.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-log = getLogger(__name__)
 
 
 def load_causal_lm(source: ModelSource, name: str = "model") -> PreTrainedModel | PeftModel:
@@ -94,15 +92,9 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Sets the attention; "packed" only where it computes the same as the architecture's own.
+    """Sets the attention; "packed" only where it computes the same as the architecture's own (see `packable`).
 
-    It does not where layers carry a state along the row (recurrent ones would mix the sequences of a pack), where
-    attention is not exchangeable, or where it is more than scaled dot products (no SDPA form). Such models keep
-    their own attention and take padded batches.
+    Other models keep their own attention, and `hidden_states` pads packed batches for them.
     """
-    if attention == PACKED and not (
-        model._supports_attention_backend and model._supports_sdpa and not model._is_stateful
-    ):
-        log.warning("%s cannot be packed; it keeps its own attention and needs padded batches", type(model).__name__)
-        return
-    model.set_attn_implementation(attention)
+    if attention != PACKED or is_packable(model):
+        model.set_attn_implementation(attention)

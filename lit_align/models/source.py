@@ -50,7 +50,8 @@ class ModelSource:
         lora: Train low-rank adapters on the frozen model; null trains all weights.
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
         attention: "packed", which also serves padded batches and generation, or one of transformers' own ("sdpa",
-            "eager", ...), which serves padded batches alone.
+            "eager", ...), for which packed batches are padded before the trunk, as for networks that cannot be
+            packed at all (docs/architectures.md).
     """
 
     path: str | None = None

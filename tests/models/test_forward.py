@@ -220,12 +220,6 @@ def test_generation_is_untouched_by_the_packed_attention():
     assert torch.equal(tiny("llama").generate(prompts, **options), tiny("llama", "sdpa").generate(prompts, **options))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_batches_under_another_attention_are_refused(attention, pairs):
-    with pytest.raises(ValueError, match="layout: padded"):
-        token_logps(tiny("llama", attention), pack(pairs, range(3), TOTALS))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_known_for_every_family_here(family):
     logits.check_head(tiny(family))
