@@ -13,6 +13,7 @@ from lit_align.batch.types import (
     Segment,
     StepTotals,
 )
+from lit_align.batch.work import Work
 
 __all__ = [
     "IGNORE_INDEX",
@@ -26,6 +27,7 @@ __all__ = [
     "Scored",
     "Segment",
     "StepTotals",
+    "Work",
     "epoch_order",
     "outlive_sigterm",
     "pack",

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_align.batch.work import Work
+
 IGNORE_INDEX = -100
 """Label of a token that is seen but not trained (the field's convention; the default of `cross_entropy`)."""
 
@@ -132,6 +134,7 @@ class MicroBatch:
         tokens: Numbers per scored token, float32 [N] each.
         indices: Index of each example in its dataset, int64 [B].
         num_tokens: Unique real tokens: no padding, a prefix counted once.
+        work: How much there is to do, in numbers on the host.
     """
 
     input_ids: Tensor
@@ -146,6 +149,7 @@ class MicroBatch:
     tokens: dict[str, Tensor]
     indices: Tensor
     num_tokens: int
+    work: Work
 
     @property
     def num_sequences(self) -> int:
