@@ -68,7 +68,9 @@ def test_training_cost_of_known_models_on_the_meta_device(name):
     cost = training_flops(on_meta(name))
     layer = hidden * heads * width * 2 + 2 * hidden * key_heads * width + 3 * hidden * inner
     for tokens, giga in zip((1024, 4096, 8192), GIGA[name], strict=True):
-        forward = 2 * layers * layer * tokens + 2 * hidden * vocabulary * tokens + 2 * layers * heads * width * tokens**2
+        forward = (
+            2 * layers * layer * tokens + 2 * hidden * vocabulary * tokens + 2 * layers * heads * width * tokens**2
+        )
         assert cost.of(document(tokens)) == 3 * forward
         assert cost.of(document(tokens)) / tokens / 1e9 == pytest.approx(giga, rel=6e-3)
 
@@ -131,7 +133,9 @@ def test_torch_counts_the_same_in_full_training():
     matrices, attention = counted(lambda: token_logps(model, batch).sum().backward())
     assert matrices == without_attention(cost).of(batch.work)
     assert attention == cost.pair * rectangles(batch)
-    assert batch.work.attended == pytest.approx(rectangles(batch) - sum((s.stop - s.start) ** 2 / 2 for s in batch.segments))
+    assert batch.work.attended == pytest.approx(
+        rectangles(batch) - sum((s.stop - s.start) ** 2 / 2 for s in batch.segments)
+    )
 
 
 def test_torch_counts_the_same_without_gradient():
