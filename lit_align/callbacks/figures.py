@@ -15,6 +15,9 @@ from lit_align.models.flops import Flops
 GIB = 2**30
 PHASE, COUNT = "phase:", "count:"
 """What the names of a stage's own phases and counts begin with among the counters."""
+SHARES = {"share_padding": "padding", "share_prefix_saved": "saved by shared prefixes", "share_data_wait": "data wait"}
+MEMORY = {"memory_allocated_gib": "GPU", "memory_reserved_gib": "GPU reserved", "memory_rss_gib": "host"}
+"""Words for people."""
 
 
 def figures(
@@ -103,35 +106,27 @@ def in_words(found: Mapping[str, float], machine: Machine | None, dtype: torch.d
     if "tokens_per_second" in found:
         parts.append(f"{short(found['tokens_per_second'])} tokens/s, {short(found['examples_per_second'])} examples/s")
     if "model_flops_per_second" in found:
-        parts.append(f"{short(found['model_flops_per_second'])}FLOP/s" + _beside_floor(found, machine, dtype))
-    named = {
-        "share_padding": "padding",
-        "share_prefix_saved": "saved by shared prefixes",
-        "share_data_wait": "data wait",
-    }
-    parts += [f"{word} {found[name]:.1%}" for name, word in named.items() if name in found]
-    parts += [
-        f"{name.removeprefix('phase/')} {value:.0%}" for name, value in found.items() if name.startswith("phase/")
-    ]
-    words = {"memory_allocated_gib": "GPU", "memory_reserved_gib": "GPU reserved", "memory_rss_gib": "host"}
-    parts += [f"{word} memory {found[name]:.2f} GiB" for name, word in words.items() if name in found]
+        parts.append(f"{short(found['model_flops_per_second'], ' ')}FLOP/s" + _beside_floor(found, machine, dtype))
+    parts += [f"{word} {found[name]:.1%}" for name, word in SHARES.items() if name in found]
+    parts += [f"{name.removeprefix('phase/')} {part:.0%}" for name, part in found.items() if name.startswith("phase/")]
+    parts += [f"{word} memory {found[name]:.2f} GiB" for name, word in MEMORY.items() if name in found]
     return ", ".join(parts)
 
 
 def _beside_floor(found: Mapping[str, float], machine: Machine | None, dtype: torch.dtype) -> str:
     if machine is None or "share_of_floor" not in found:
         return ""
-    rate, copied = short(machine.flops_per_second), short(machine.bytes_per_second)
+    rate, copied = short(machine.flops_per_second, " "), short(machine.bytes_per_second, " ")
     at_best = f"{rate}FLOP/s in {str(dtype).removeprefix('torch.')}, {copied}B/s"
     return f" = {found['share_of_floor']:.2f} of the machine's floor ({at_best})"
 
 
-def short(number: float) -> str:
-    """Three digits and a thousand's letter: 12.3k."""
+def short(number: float, space: str = "") -> str:
+    """Three digits and a thousand's letter: 12.3k; `space` goes between, before a unit."""
     for factor, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
-            return f"{number / factor:.3g}{letter}"
-    return f"{number:.3g}"
+            return f"{number / factor:.3g}{space}{letter}"
+    return f"{number:.3g}{space}"
 
 
 def compute_dtype(precision: str, parameters: Any) -> torch.dtype:

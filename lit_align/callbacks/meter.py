@@ -123,7 +123,7 @@ class Meter(Callback):
         steps = int(self._last["steps"] - self._start["steps"])
         if trainer.is_global_zero:
             words = in_words(found, self._machine, _compute_dtype(trainer, pl_module))
-            print(f"speed: {words} ({steps} steps; without the first {self.warmup_steps}, validation and checkpoints)")
+            print(f"speed: {words} ({steps} steps; without warm-up, validation and checkpoints)")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the trainer."""
