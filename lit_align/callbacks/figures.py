@@ -15,6 +15,8 @@ from lit_align.models.flops import Flops
 GIB = 2**30
 PHASE, COUNT = "phase:", "count:"
 """What the names of a stage's own phases and counts begin with among the counters."""
+ROLLOUT, COUNTS = "rollout", ("answers", "sampled_tokens")
+"""The phase in which answers are sampled, and what is counted in it."""
 SHARES = {"share_padding": "padding", "share_prefix_saved": "saved by shared prefixes", "share_data_wait": "data wait"}
 MEMORY = {"memory_allocated_gib": "GPU", "memory_reserved_gib": "GPU reserved", "memory_rss_gib": "host"}
 """Words for people."""
@@ -26,7 +28,8 @@ def figures(
     """The figures of a stretch of training; their denominators stand in docs/performance.md.
 
     Args:
-        counted: `seconds`, `waited`, `steps`, the fields of `Work` over all ranks, and the stage's phases and counts.
+        counted: `seconds`, `waited`, `steps`, the fields of `Work` and the stage's counts over all ranks, and its
+            phases.
         cost: Of a unit of work in a training step; None = not known.
         machine: One rank's device at its best; None = not known.
         update_bytes: Bytes that an optimizer step moves on each rank.
@@ -42,7 +45,8 @@ def figures(
     found = {f"phase/{name}": spent / seconds for name, spent in phases.items()}
     if phases:
         found["phase/update"] = 1 - rolled / seconds
-        found |= {f"{name}_per_second": n / rolled for name, n in _named(counted, COUNT).items() if rolled}
+    if phases.get(ROLLOUT):
+        found |= {f"rollout/{name}_per_second": n / phases[ROLLOUT] for name, n in _named(counted, COUNT).items()}
     # Rollouts happen while the trainer waits for the loader.
     found["share_data_wait"] = max(counted["waited"] - rolled, 0.0) / seconds
     work = Work(*(counted[name] for name in Work._fields))  # type: ignore[arg-type]
@@ -70,13 +74,14 @@ def _named(counted: Mapping[str, float], start: str) -> dict[str, float]:
 
 
 def over_all_ranks(counted: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The same with the work of all ranks added up, by one collective; time is this rank's: ranks walk in step."""
+    """The same with all ranks' work and counts added up, by one collective; seconds are this rank's own."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return counted
     # MPS, which has no float64, has no process groups either.
-    sums = torch.tensor([counted[name] for name in Work._fields], dtype=torch.float64, device=device)
+    names = [name for name in counted if name in Work._fields or name.startswith(COUNT)]
+    sums = torch.tensor([counted[name] for name in names], dtype=torch.float64, device=device)
     distributed.all_reduce(sums)
-    return counted | dict(zip(Work._fields, sums.tolist(), strict=True))
+    return counted | dict(zip(names, sums.tolist(), strict=True))
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -107,6 +112,8 @@ def in_words(found: Mapping[str, float], machine: Machine | None, dtype: torch.d
         parts.append(f"{short(found['tokens_per_second'])} tokens/s, {short(found['examples_per_second'])} examples/s")
     if "model_flops_per_second" in found:
         parts.append(f"{short(found['model_flops_per_second'], ' ')}FLOP/s" + _beside_floor(found, machine, dtype))
+    if "rollout/sampled_tokens_per_second" in found:
+        parts.append(f"{short(found['rollout/sampled_tokens_per_second'])} sampled tokens/s")
     parts += [f"{word} {found[name]:.1%}" for name, word in SHARES.items() if name in found]
     parts += [f"{name.removeprefix('phase/')} {part:.0%}" for name, part in found.items() if name.startswith("phase/")]
     parts += [f"{word} memory {found[name]:.2f} GiB" for name, word in MEMORY.items() if name in found]

@@ -13,6 +13,7 @@ from lit_align.batch import Work
 from lit_align.callbacks.clock import Clock
 from lit_align.callbacks.figures import (
     COUNT,
+    COUNTS,
     PHASE,
     compute_dtype,
     figures,
@@ -36,8 +37,9 @@ class Meter(Callback):
     work with one collective), at the end of epochs, before validation and before checkpoints.
 
     The work of a batch is its `work`. A module says what work costs in a method `step_flops()`, and which seconds of
-    its loader are not waiting (rollouts) in `phase_seconds` and `rollout_counts`, dictionaries of numbers that grow.
-    Without these the figures that need them are left out.
+    its loader are not waiting in `phase_seconds` ("rollout" among them, the seconds of sampling), and what is sampled
+    in `rollout_counts` ("answers", "sampled_tokens"): dictionaries of numbers of this rank that grow. Without these
+    the figures that need them are left out.
 
     Args:
         warmup_steps: Optimizer steps at the start that do not count.
@@ -164,9 +166,10 @@ class Meter(Callback):
 
 
 def _counters(pl_module: LightningModule) -> dict[str, float]:
-    """The stage's own phases and counts."""
-    phases, counts = getattr(pl_module, "phase_seconds", {}), getattr(pl_module, "rollout_counts", {})
-    return {PHASE + k: v for k, v in phases.items()} | {COUNT + k: v for k, v in counts.items()}
+    """The stage's own phases and counts; the same counts on every rank, whether it has sampled yet or not."""
+    phases, counts = getattr(pl_module, "phase_seconds", {}), getattr(pl_module, "rollout_counts", None)
+    named = {} if counts is None else {COUNT + name: float(counts.get(name, 0)) for name in COUNTS}
+    return {PHASE + name: spent for name, spent in phases.items()} | named
 
 
 def _moved(optimizer: Any) -> int:

@@ -42,12 +42,14 @@ def test_figures_by_hand():
 
 
 def test_rollouts_are_neither_waiting_nor_update():
-    counted = COUNTED | {"waited": 2.5, PHASE + "sampling": 1.5, PHASE + "scoring": 0.5, COUNT + "answers": 8}
+    counted = COUNTED | {"waited": 2.5, PHASE + "rollout": 1.5, PHASE + "scoring": 0.5, COUNT + "answers": 6}
     found = figures(counted, COST, MACHINE, 0, ranks=1)
-    assert found["phase/sampling"] == 1.5 / 4 and found["phase/update"] == 0.5
+    assert found["phase/rollout"] == 1.5 / 4 and found["phase/update"] == 0.5
     assert found["share_data_wait"] == 0.5 / 4
     assert found["tokens_per_second"] == 100 / 2
-    assert found["answers_per_second"] == 4.0
+    assert found["rollout/answers_per_second"] == 4.0
+    before = COUNTED | {"waited": 2.5, PHASE + "rollout": 0.0, COUNT + "answers": 0}
+    assert figures(before, COST, MACHINE, 0, ranks=1)["phase/update"] == 1.0
 
 
 def test_what_cannot_be_told_is_left_out():
@@ -319,3 +321,33 @@ def test_nothing_of_it_is_in_a_checkpoint(run, tmp_path):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="Meter: expected"):
         Meter(**wrong)
+
+
+class Rolls(Steps):
+    """Its loader rolls out for 0.4 of its half a second; validation, which is not counted, too."""
+
+    def __init__(self, hands, batches):
+        super().__init__(hands, batches)
+        self.phase_seconds, self.rollout_counts = {"rollout": 0.0, "scoring": 0.0}, {}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.phase_seconds["rollout"] += 0.25
+        self.phase_seconds["scoring"] += 0.15
+        self.rollout_counts["sampled_tokens"] = self.rollout_counts.get("sampled_tokens", 0) + 10
+
+    def validation_step(self, batch, batch_idx):
+        self.on_train_batch_start(batch, batch_idx)
+
+
+def test_phases_of_a_stage_are_told_apart_from_the_update(run, monkeypatch):
+    monkeypatch.setitem(run.__globals__, "Steps", Rolls)
+    meter = Meter(flops_per_second=1000.0, bytes_per_second=100.0)
+    run(meter)
+    found = meter.results
+    assert found["perf/phase/rollout"] == pytest.approx(0.25 / 1.5)
+    assert found["perf/phase/scoring"] == pytest.approx(0.15 / 1.5)
+    assert found["perf/phase/update"] == pytest.approx(1.1 / 1.5)
+    assert found["perf/share_data_wait"] == pytest.approx(0.1 / 1.5)
+    assert found["perf/tokens_per_second"] == pytest.approx(18 / 1.1)
+    assert found["perf/rollout/sampled_tokens_per_second"] == pytest.approx(10 / 0.25)
+    assert found["perf/rollout/answers_per_second"] == 0.0

@@ -30,6 +30,6 @@ def test_ranks_ask_each_other_once_a_step_and_never_for_a_micro_batch(tiny_model
     together = found.pop("tokens") + other["tokens"]
     assert found.pop("useful") == pytest.approx(together) == pytest.approx(other["useful"])
     assert found.pop("steps") == 3 and found.pop("batches") == 12
-    # Whether some rank was told to stop; the meter, once at the end. DDP's own sums of gradients are not calls of Python.
+    # Whether some rank was told to stop; the meter, once at the end. DDP's sums of gradients are not calls of Python.
     assert found.pop("all_reduce") == 3 + 1
     assert not any(found.values()), found
