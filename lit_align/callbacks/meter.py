@@ -158,10 +158,10 @@ class Meter(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = self._figures(trainer, pl_module, self._logged)
         self._logged = self._last
-        for name, value in found.items():
-            pl_module.log(f"perf/{name}", torch.tensor(value))  # on the host, where it came from
-        if "tokens_per_second" in found:
-            # `log` has no way to show a number in few characters.
+        # Not by `self.log`: Lightning would go through all of these names at every micro-batch of the epoch.
+        for logger in trainer.loggers:
+            logger.log_metrics({f"perf/{name}": value for name, value in found.items()}, step=self._step - 1)
+        if "tokens_per_second" in found and trainer.progress_bar_callback is not None:
             trainer.progress_bar_metrics["tok/s"] = short(found["tokens_per_second"])  # type: ignore[assignment]
 
 
