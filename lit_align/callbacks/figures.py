@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,25 +85,24 @@ def over_all_ranks(counted: dict[str, float], device: torch.device) -> dict[str,
     return counted | dict(zip(names, sums.tolist(), strict=True))
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Largest amounts of memory so far of this process, in GiB: the GPU's, and what the process held of the host's."""
-    found = {}
-    if device.type == "cuda":
-        found["memory_allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-        found["memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-    if (held := _peak_rss()) is not None:
-        found["memory_rss_gib"] = held / GIB
-    return found
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Largest amounts of a GPU's memory so far, in GiB, as the host knows them; nothing for other devices."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "memory_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+    }
 
 
-def _peak_rss() -> int | None:
+def host_memory() -> dict[str, float]:
+    """Largest amount of the host's memory that this process held so far, in GiB; nothing where that is not known."""
     try:
         import resource
-        import sys
     except ImportError:  # Windows
-        return None
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return {"memory_rss_gib": peak * (1 if sys.platform == "darwin" else 1024) / GIB}
 
 
 def in_words(found: Mapping[str, float], machine: Machine | None, dtype: torch.dtype) -> str:

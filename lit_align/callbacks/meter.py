@@ -17,9 +17,10 @@ from lit_align.callbacks.figures import (
     PHASE,
     compute_dtype,
     figures,
+    gpu_memory,
+    host_memory,
     in_words,
     over_all_ranks,
-    peak_memory,
     short,
 )
 from lit_align.machine import Machine, this_machine
@@ -117,7 +118,7 @@ class Meter(Callback):
             if trainer.is_global_zero:
                 print(f"speed: not measured: the first steps ({self.warmup_steps}) are warm-up, and there were no more")
             return
-        found = self._figures(trainer, pl_module, self._start)
+        found = self._figures(trainer, pl_module, self._start) | host_memory()
         self.results = {f"perf/{name}": value for name, value in found.items()}
         if self._machine is not None:
             self.results["perf/machine_flops_per_second"] = self._machine.flops_per_second
@@ -153,7 +154,7 @@ class Meter(Callback):
         if self._update_bytes is None:  # the same at every step, once the optimizer has its state
             self._update_bytes = sum(_moved(optimizer) for optimizer in trainer.optimizers)
         found = figures(counted, self._cost, self._machine, self._update_bytes, trainer.world_size)
-        return found | peak_memory(pl_module.device)
+        return found | gpu_memory(pl_module.device)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = self._figures(trainer, pl_module, self._logged)
