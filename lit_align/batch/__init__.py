@@ -17,6 +17,7 @@ from lit_align.batch.types import (
     Varlen,
 )
 from lit_align.batch.varlen import varlen
+from lit_align.batch.work import Work
 
 __all__ = [
     "IGNORE_INDEX",
@@ -32,6 +33,7 @@ __all__ = [
     "Segment",
     "StepTotals",
     "Varlen",
+    "Work",
     "epoch_order",
     "example_parts",
     "outlive_sigterm",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_align.batch.types import Branch, Example, MicroBatch, Scored, Segment, StepTotals
 from lit_align.batch.varlen import varlen
+from lit_align.batch.work import work_of
 
 LayOut = Callable[[Sequence[Example], Sequence[int], StepTotals], MicroBatch]
 """Makes a micro-batch from examples, their indices and the step's totals, as `pack` and `pad` do."""
@@ -60,7 +61,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int], totals: StepTotals
         position_ids=_row(positions),
         attention_mask=None,
         segments=tuple(segments),
-        num_tokens=at,
+        work=work_of(examples, max(at, 1), padding=max(at, 1) - at, scored=table.count),
         varlen=varlen(segments),
         **shared,
     )
@@ -110,7 +111,7 @@ def pad(
         position_ids=position_ids,
         attention_mask=attention_mask,
         segments=None,
-        num_tokens=sum(len(example) for example in examples),
+        work=work_of(examples, input_ids.numel(), padding=input_ids.numel() - sum(sizes), scored=table.count),
         **table.fields(examples, indices, totals),
     )
 
@@ -139,6 +140,11 @@ class _Table:
         self.weights.append(branch.weights[scored])
         self.tokens.append({name: values[scored] for name, values in branch.tokens.items()})
         self.ends.append(start + size - 1)
+
+    @property
+    def count(self) -> int:
+        """Scored tokens so far."""
+        return sum(len(targets) for targets in self.targets)
 
     def fields(self, examples: Sequence[Example], indices: Sequence[int], totals: StepTotals) -> dict:
         """The fields of a micro-batch that do not depend on the layout."""

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_align.batch.work import Work
+
 IGNORE_INDEX = -100
 """Label of a token that is seen but not trained (the field's convention; the default of `cross_entropy`)."""
 
@@ -171,8 +173,8 @@ class MicroBatch:
         values: Numbers per example, float32 [B] each.
         tokens: Numbers per scored token, float32 [N] each.
         indices: Index of each example in its dataset, int64 [B].
-        num_tokens: Unique real tokens: no padding, a prefix counted once.
         scored_counts: Scored tokens of each sequence; S plain ints, so that nobody asks the device for them.
+        work: How much there is to do, in numbers on the host.
         varlen: What `segments` say, in the form that attention takes; None when padded.
     """
 
@@ -187,14 +189,19 @@ class MicroBatch:
     values: dict[str, Tensor]
     tokens: dict[str, Tensor]
     indices: Tensor
-    num_tokens: int
     scored_counts: tuple[int, ...]
+    work: Work
     varlen: Varlen | None = None
 
     @property
     def num_sequences(self) -> int:
         """S, branches of all examples."""
         return len(self.ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """Unique real tokens: no padding, a prefix counted once."""
+        return self.work.tokens
 
     @property
     def num_examples(self) -> int:

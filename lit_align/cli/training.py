@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align import runs
-from lit_align.callbacks import Checkpoints, ExportHF, PredictionRows, Preemption, RandomState, SaveRun
+from lit_align.callbacks import Checkpoints, ExportHF, Meter, PredictionRows, Preemption, RandomState, SaveRun
 from lit_align.checkpoint_io import WholeCheckpointIO
 from lit_align.cli.errors import explain, message_for_user, tell
 from lit_align.cli.handover import hand_over_tokenizer
@@ -128,6 +128,12 @@ class AlignCLI(LightningCLI):
             default=None,
             help="Optimizer steps between checkpoints inside an epoch; default: only at the end of epochs.",
         )
+        parser.add_argument(
+            "--meter",
+            type=bool,
+            default=True,
+            help="Measure how fast the run is, and how far from what the machine could do; see docs/performance.md.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and says in a few lines what is wrong."""
@@ -235,6 +241,8 @@ class AlignCLI(LightningCLI):
         folder = run_dir / runs.CHECKPOINTS
         saves = config.get("enable_checkpointing") is not False
         defaults: list[Callback] = [RandomState(), ExportHF(), Preemption(str(folder) if saves else None)]
+        if self.command_config.get("meter"):
+            defaults.append(Meter())
         if logs:
             defaults.append(LearningRateMonitor(logging_interval="step"))
         if saves:  # beside a user's own: exact resume needs the newest, whatever else is kept

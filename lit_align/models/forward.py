@@ -127,6 +127,7 @@ def sequence_sums(values: Tensor, batch: MicroBatch) -> Tensor:
 def sequence_lengths(batch: MicroBatch) -> Tensor:
     """Scored tokens of each sequence, float32 [S], on the device."""
     ones = torch.ones_like(batch.scored.weights)
+    # Not `bincount`: how long its result is depends on the data, so the host would wait for it.
     return ones.new_zeros(batch.num_sequences).index_add(0, batch.scored.sequences, ones)
 
 

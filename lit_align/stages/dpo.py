@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_align.batch import MicroBatch
 from lit_align.losses import PreferenceLogps, PreferenceLoss, Sigmoid, chosen_nll
 from lit_align.models import TokenStats, example_loss, sequence_lengths, sequence_sums, token_logps, token_stats
+from lit_align.models.flops import Flops, forward_flops
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import make_reference
 from lit_align.models.source import ModelSource
@@ -90,6 +91,14 @@ class LitDPO(ReferencedStage):
         self._loss(batch)
 
     test_step = validation_step
+
+    def step_flops(self) -> Flops:
+        """Forward and backward pass of the policy, and the reference's forward pass."""
+        cost = super().step_flops()
+        if not self.has_reference:
+            return cost
+        frozen = self.policy if self.reference is None else self.reference
+        return cost + forward_flops(frozen, adapters=self.reference is not None)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         batch = replace(batch, values=batch.values | self._reference_values(batch))

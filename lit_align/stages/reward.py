@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_align.batch import MicroBatch
 from lit_align.losses import pairwise_reward_loss
 from lit_align.models import scalar_at_ends
+from lit_align.models.flops import Flops, training_flops
 from lit_align.models.load import load_scalar_model, load_tokenizer
 from lit_align.models.modes import disable_dropout
 from lit_align.models.source import ModelSource
@@ -90,6 +91,10 @@ class LitReward(Stage):
             variance = means.pop("reward_square") - means["reward_mean"] ** 2
             means["reward_std"] = max(variance, 0.0) ** 0.5
         return means
+
+    def step_flops(self) -> Flops:
+        """Forward and backward pass; the head sees the end of each sequence only."""
+        return training_flops(self.reward_model, "ends")
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per example: its index and the reward of each answer."""

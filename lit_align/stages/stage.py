@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.models.checkpoint import ENTRY, checkpoint_entry
 from lit_align.models.fingerprint import base_fingerprint, fingerprint
+from lit_align.models.flops import Flops, training_flops
 from lit_align.models.modes import has_adapters
 from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
@@ -83,6 +85,10 @@ class Stage(LightningModule):
         averaged_over = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total * (averaged_over / max(normaliser, 1e-12))
 
+    def step_flops(self) -> Flops:
+        """What each unit of a micro-batch's work costs in `training_step` and its backward pass: model FLOPs."""
+        return sum((training_flops(net) for _, net in self.networks(self.trained)), Flops())
+
     # -- logging
 
     def record(self, **sums: tuple[Tensor | float, Tensor | float]) -> None:
@@ -133,7 +139,8 @@ class Stage(LightningModule):
 
     def _log(self, split: str, means: dict[str, float]) -> None:
         for name, value in self.summarise(means).items():
-            self.log(f"{split}/{name}", value, prog_bar=name in self.progress, rank_zero_only=False)
+            # On the host: Lightning reads what its progress bar shows back at every micro-batch.
+            self.log(f"{split}/{name}", torch.tensor(value), prog_bar=name in self.progress, rank_zero_only=False)
 
     # -- checkpoints
 

@@ -20,7 +20,14 @@ INNER = {
     "lit_align.stages": ("lit_align.batch", "lit_align.losses", "lit_align.models", "lit_align.rollout"),
     "lit_align.runs": (),
     "lit_align.pipeline": ("lit_align.runs",),
-    "lit_align.callbacks": ("lit_align.batch", "lit_align.models", "lit_align.rollout", "lit_align.runs"),
+    "lit_align.machine": (),
+    "lit_align.callbacks": (
+        "lit_align.batch",
+        "lit_align.machine",
+        "lit_align.models",
+        "lit_align.rollout",
+        "lit_align.runs",
+    ),
     "lit_align": ("lit_align",),
     "datamodules": ("lit_align.batch",),
 }
@@ -31,6 +38,7 @@ OUTER = {
     "lit_align.rollout.advantages": {"torch"},
     "lit_align.runs": set(),
     "lit_align.pipeline": set(),
+    "lit_align.machine": {"torch"},
 }
 
 

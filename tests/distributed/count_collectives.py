@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 import conftest as made
 
-from lit_align.callbacks import Preemption
+from lit_align.callbacks import Meter, Preemption
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitSFT
 
@@ -49,7 +49,7 @@ class Counter(Callback):
 
 def main(model: str, out: str) -> None:
     """See the module."""
-    counter = Counter()
+    counter, meter = Counter(), Meter(flops_per_second=1e9, bytes_per_second=1e9)
     trainer = Trainer(
         **made.QUIET,
         devices=2,
@@ -58,11 +58,13 @@ def main(model: str, out: str) -> None:
         max_epochs=1,
         log_every_n_steps=1000,
         limit_val_batches=0,
-        callbacks=[Preemption(), counter],
+        callbacks=[Preemption(), meter, counter],
     )
     stage = LitSFT(ModelSource(path=model))
     trainer.fit(stage, datamodule=made.ExampleData(made.conversations.__wrapped__(), batch_size=8))
     found = {"steps": trainer.global_step, "batches": counter.batches, **counter.calls}
+    found["tokens"] = meter._last["tokens"] - meter._start["tokens"]
+    found["useful"] = meter.results["perf/tokens_per_second"] * (meter._last["seconds"] - meter._start["seconds"])
     torch.save(found, f"{out}.{os.environ['RANK']}")
 
 

@@ -101,13 +101,17 @@ def newest_step(run_dir: Path) -> int:
 
 
 def metrics(run_dir: Path) -> dict[tuple[int, str], str]:
-    """What was logged: (step, name) -> value as written; the parts of a run that was resumed are put together."""
+    """What was logged: (step, name) -> value as written; the parts of a run that was resumed are put together.
+
+    Not how fast it was (`perf/`): no two runs agree on that.
+    """
     values = {}
     for path in sorted(run_dir.glob("metrics*.csv"), key=lambda path: path.stat().st_mtime_ns):
         with path.open() as file:
             for row in csv.DictReader(file):
                 step = int(row.pop("step"))
-                values |= {(step, name): value for name, value in row.items() if value}
+                logged = {name: value for name, value in row.items() if value and not name.startswith("perf/")}
+                values |= {(step, name): value for name, value in logged.items()}
     return values
 
 
