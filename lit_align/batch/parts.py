@@ -40,7 +40,8 @@ def example_parts(batch: MicroBatch, max_tokens: int) -> list[tuple[slice, Micro
 
     Returns:
         For each part its rows among the N, and the micro-batch of its examples alone, sequences numbered from 0;
-        only the fields of the row (`input_ids`, `position_ids`, `segments`, `varlen`, `work`) are those of the whole. No part where there is no example.
+        only the fields of the row (`input_ids`, `position_ids`, `segments`, `varlen`, `work`) are those of the whole.
+        No part where there is no example.
     """
     return [_with_examples(batch, first, last) for first, last in _runs(_scored_per_example(batch), max_tokens)]
 

@@ -114,6 +114,8 @@ class CheckCLI(AlignCLI):
         for name, value in split.data.items():
             if name in options:
                 options[name] = value
+        if "reference_cache" in (model := part["model"].get("init_args") or Namespace()):
+            model["reference_cache"] = False  # it is made of all examples, and this is about a few
         seed_everything(self.seed, verbose=False)
         made = self.parser.instantiate(config)[str(self.subcommand)]
         if not isinstance(made["model"], Stage):

@@ -17,6 +17,7 @@ from lit_align.models.flops import Flops, forward_flops
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import make_reference
 from lit_align.models.source import ModelSource
+from lit_align.stages.cached_reference import cached_reference
 from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.stage import SchedulerCallable
@@ -34,6 +35,8 @@ class LitDPO(ReferencedStage):
         loss: The member of the family, by class path; holds beta.
         reference: Where the reference comes from; None = where the policy comes from (with LoRA: adapters off).
         rpo_alpha: If set, the loss is rpo_alpha * loss + mean negative log-likelihood of the chosen response.
+        reference_cache: Compute the reference's log-probabilities of all pairs once, at the start of training, and
+            keep them in this folder, or (true) where tokenised data is kept; training then holds the policy alone.
         optimizer: Built from the trainable parameters.
         lr_scheduler: Built from the optimizer and the number of steps of the run.
     """
@@ -60,21 +63,38 @@ class LitDPO(ReferencedStage):
         rpo_alpha: float | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
+        reference_cache: bool | str = False,
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
         self.loss, self.reference_source, self.rpo_alpha = loss, reference, rpo_alpha
         self.has_reference = not loss.reference_free
+        self.cached = cached_reference(reference_cache, policy, reference, loss.reference_free)
 
     def configure_model(self) -> None:
-        """Builds policy and reference, once."""
+        """Builds the policy, once, and its reference where that is not cached."""
         if self.policy is None:
             super().configure_model()
             disable_dropout(self.policy)
-            if self.has_reference:
-                self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
+        if self._cache_serves():
+            self.cached.anchor(self.policy, self.reference)
+        elif self.has_reference and self.reference is None:
+            self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
+            if self.cached is not None:
+                self.cached.check(self.reference)
+
+    def fingerprints(self) -> dict[str, str]:
+        """The same whether the reference is in memory or cached, so that a run may go on either way."""
+        cached = {} if self.cached is None else self.cached.fingerprints(self.policy)
+        return super().fingerprints() | cached
+
+    def _cache_serves(self) -> bool:
+        """Whether the reference is a table: of training and validation data, so in training alone."""
+        return self.cached is not None and (self._trainer is None or self.trainer.state.fn == "fit")
 
     def on_fit_start(self) -> None:
-        """Says so when a loss that looks across pairs will see only a part of each step."""
+        """Readies a cached reference; says so when a loss that looks across pairs will see only a part of each step."""
+        if self.cached is not None:
+            self.cached.prepare(self)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if self.loss.couples_pairs and parts > 1:
             rank_zero_warn(
@@ -93,9 +113,9 @@ class LitDPO(ReferencedStage):
     test_step = validation_step
 
     def step_flops(self) -> Flops:
-        """Forward and backward pass of the policy, and the reference's forward pass."""
+        """Forward and backward pass of the policy, and the reference's forward pass unless it is cached."""
         cost = super().step_flops()
-        if not self.has_reference:
+        if not self.has_reference or self._cache_serves():
             return cost
         frozen = self.policy if self.reference is None else self.reference
         return cost + forward_flops(frozen, adapters=self.reference is not None)
@@ -139,6 +159,8 @@ class LitDPO(ReferencedStage):
     def _reference_logps(self, batch: MicroBatch) -> Tensor:
         if not self.has_reference:
             return sequence_sums(torch.zeros_like(batch.scored.weights), batch)
+        if self._cache_serves():
+            return self.cached.logps(self.trainer, batch)
         with reference_policy(self.policy, self.reference) as reference:
             return sequence_sums(token_logps(reference, batch), batch)
 

@@ -13,6 +13,7 @@ from lit_align.batch import LayOut, MicroBatch, PromptBatch, pack
 from lit_align.models import base_model, sequence_sums, token_logps
 from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.logits import check_head
+from lit_align.models.modes import has_adapters
 from lit_align.models.reference import reference_mode
 from lit_align.models.source import ModelSource
 from lit_align.rollout.experience import as_examples
@@ -107,9 +108,9 @@ class ReferencedStage(PolicyStage):
             sampling: How answers are sampled; its temperature counts in both log-probabilities.
 
         Returns:
-            One number per prompt; None if the stage has no reference.
+            One number per prompt; None if the stage has no reference, or only what it said of the data.
         """
-        if not self.has_reference:
+        if not self.has_reference or (self.reference is None and not has_adapters(self.policy)):
             return None
         answers = [(answer,) for answer in self.answer(batch.prompt_ids, sampling)]
         examples = as_examples(batch.prompt_ids, answers)

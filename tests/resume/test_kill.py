@@ -40,6 +40,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, whole, tmp_path)
     assert killing.compare(whole(stage), tmp_path / "killed", steps[-1]) == []
 
 
+@pytest.mark.parametrize("stage", grouped(("dpo",)))
+def test_a_run_with_a_cached_reference_goes_on_as_if_nothing_had_happened(stage, tmp_path):
+    option = "--model.reference_cache=true"
+    killing.finish(killing.start(stage, tmp_path / "whole", option), tmp_path / "whole")
+    assert list((tmp_path / "cache" / "reference").glob("*.safetensors"))
+    steps = killing.kill_and_resume(stage, tmp_path / "killed", option, after=(6,))
+    assert killing.compare(tmp_path / "whole", tmp_path / "killed", steps[-1]) == []
+
+
 @pytest.mark.parametrize("stage", grouped(("sft",), ("ppo",)))
 def test_sigterm_writes_a_checkpoint_at_the_next_step_and_ends_with_143(stage, whole, tmp_path):
     folder = tmp_path / "stopped"
