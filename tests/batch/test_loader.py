@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from lit_align.batch import PlannedLoader
+from lit_align.batch import PlannedLoader, plan
 
 NUMBERS = list(range(23))
 
@@ -97,7 +97,8 @@ def test_a_run_goes_on_over_the_same_steps_with_other_ranks_and_micro_batches(si
     assert steps(others, 5) == want[3:]
 
 
-def test_steps_in_tokens_may_differ_in_number_and_the_length_follows():
+def test_steps_in_tokens_may_differ_in_number_and_the_length_follows(monkeypatch):
+    monkeypatch.setattr(plan, "WINDOW", 6)
     source = loader(batch_size=None, max_tokens=40)
     lengths = []
     for _ in range(6):
