@@ -1,0 +1,40 @@
+"""This project's attention for a peer's packed rows, whose borders come under transformers' standard names."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lit_align.batch import Segment
+from lit_align.models.attention import packed_attention
+
+NAME = "lit_align_packed"
+_LAST: dict[str, Any] = {"borders": None, "segments": None}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` with the segments that `cu_seq_lens_q`, int32 [documents + 1], says."""
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
+    if cu_seq_lens_q is None:
+        return packed_attention(module, query, key, value, attention_mask, **kwargs)
+    if _LAST["borders"] is not cu_seq_lens_q:  # once a step, not once a layer
+        borders = cu_seq_lens_q.tolist()
+        segments = tuple(Segment(a, b) for a, b in pairwise(borders))
+        _LAST.update(borders=cu_seq_lens_q, segments=segments)
+    return packed_attention(module, query, key, value, None, segments=_LAST["segments"], **kwargs)
+
+
+# No mask is registered under the name: transformers then makes none, as it does for flash attention.
+AttentionInterface.register(NAME, attention)
