@@ -27,13 +27,11 @@ from benchmarks import flops
 from benchmarks.meter import machine, matrix_rate
 from benchmarks.prepare import prepare
 from benchmarks.settings import CASES, REPOSITORY, Case, Settings
-from benchmarks.stats import gate, median, percentile, timed
+from benchmarks.stats import TOLERANCES, gate, median, percentile, timed
 from benchmarks.table import render
 from benchmarks.tokens import load_tokens, scored_tokens, unique_tokens
 
 NAMES = (*CASES, "growth")
-PPO_NORM_TOLERANCE = 3e-3
-"""The peer whitens advantages with the unbiased variance: of 384 tokens that is 1.3e-3 more than the biased one."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +133,21 @@ class Comparison:
         self.peers: dict[str, list[tuple[int, dict[str, Any]]]] = {v: [] for v in self.columns}
         self.faults: dict[str, list[str]] = {}
         self.rates: list[float] = []
+        self.tolerances = TOLERANCES[settings.dtype]
 
     def gate_ppo(self) -> None:
         """PPO samples, so its gate is a run of its own, in which both sides are given the same answers."""
         ours = run(self.case, "ours", self.places, self.settings, forced=True)
         for variant in self.columns:
             peer = self._try(variant, forced=True)
-            if peer is not None and (faults := gate(ours, peer, True, PPO_NORM_TOLERANCE)):
+            if peer is not None and (faults := gate(ours, peer, True, self.tolerances)):
+                print(f"  {variant}: no number: {'; '.join(faults)}", flush=True)
                 self.faults[variant] = faults
 
     def round(self, variants: list[str]) -> None:
         """Ours, then each way to run the peer."""
-        self.rates.append(matrix_rate())
+        dtype = getattr(torch, self.settings.dtype)
+        self.rates.append(matrix_rate(device=self.settings.device, dtype=dtype))
         ours = run(self.case, "ours", self.places, self.settings)
         self.ours.append(ours)
         self._say("ours", ours)
@@ -156,7 +157,7 @@ class Comparison:
                 continue
             if self.case.stage != "ppo":
                 same_order = not ("grouped" in variant or "bfd" in variant)
-                if faults := gate(ours, peer, same_order):
+                if faults := gate(ours, peer, same_order, self.tolerances):
                     self.faults[variant] = faults
                     print(f"  {variant}: no number: {'; '.join(faults)}", flush=True)
                     continue
@@ -259,6 +260,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warmup", type=int, default=1)
     made.add_argument("--steps", type=int, default=3)
     made.add_argument("--threads", type=int, default=Settings.threads)
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    made.add_argument("--dtype", default="float32", choices=tuple(TOLERANCES))
     made.add_argument("--smoke", action="store_true", help="tiny sizes, one round, and no result is written")
     return made
 
@@ -271,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.model / "config.json").is_file():
         raise SystemExit(f"no model at {options.model}: run `make smollm`, or give --model")
     settings = Settings(warmup=options.warmup, steps=options.steps, threads=options.threads)
+    settings = replace(settings, device=options.device, dtype=options.dtype)
     if options.smoke:
         settings = replace(settings, layers=1, batch_size=2, max_length=64, response_length=8, ppo_epochs=2, steps=2)
         options.rounds, options.least_rounds = 1, 1

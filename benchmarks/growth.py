@@ -33,23 +33,19 @@ TINY = {**MODEL, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads
 TINY |= {"intermediate_size": 64}
 
 
-def step_seconds(config: dict[str, Any], examples: Sequence[Any], stage: str, steps: int) -> float:
+def step_seconds(config: dict[str, Any], examples: Sequence[Any], steps: int) -> float:
     """Median seconds of an optimizer step on these examples, all of them in one step."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     from benchmarks.ours import Measure, TokenData, optimisation, trainer_of
     from lit_align import LitSFT, ModelSource
 
     settings = Settings(warmup=2, steps=steps, lr=1e-6)
+    torch.manual_seed(0)
+    meter = Meter()
+    data = TokenData(list(examples) * (settings.warmup + steps), len(examples))
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        AutoModelForCausalLM.from_config(LlamaConfig(**values)).save_pretrained(folder)
         tokenizer(Path(folder))
-        meter = Meter()
-        data = TokenData(list(examples) * (settings.warmup + steps), len(examples))
-        trainer = trainer_of(settings, Measure(meter, ("policy",)))
-        trainer.fit(LitSFT(ModelSource(path=folder), **optimisation(settings)), data)
+        stage = LitSFT(ModelSource(config=config, tokenizer=folder), **optimisation(settings))
+        trainer_of(settings, Measure(meter, ("policy",))).fit(stage, data)
     return median(meter.as_dict()["seconds"][settings.warmup :])
 
 
@@ -106,7 +102,7 @@ def time_curves(smoke: bool) -> list[dict[str, Any]]:
     size, prompt, answer = 256 // scale, 1024 // scale, 128 // scale
 
     def document(number: int, length: int, used: dict[str, Any]) -> float:
-        return step_seconds(used, documents(number, length, used["vocab_size"]), "sft", steps)
+        return step_seconds(used, documents(number, length, used["vocab_size"]), steps)
 
     return [
         against(
@@ -134,7 +130,7 @@ def time_curves(smoke: bool) -> list[dict[str, Any]]:
             "seconds of a step",
             f"answers of {answer} tokens to one prompt of {prompt}",
             (1, 2, 4, 8),
-            lambda n: step_seconds(config, answers(n, prompt, answer, config["vocab_size"]), "sft", steps),
+            lambda n: step_seconds(config, answers(n, prompt, answer, config["vocab_size"]), steps),
             lambda n: needed(config, prompt, [answer] * n, answer * n),
         ),
     ]

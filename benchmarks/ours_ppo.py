@@ -16,6 +16,8 @@ from benchmarks.prepare import data_module
 from benchmarks.settings import Case, Settings
 from benchmarks.tokens import forced_answers, iterations, load_tokens
 from lit_align import LitPPO
+from lit_align.rollout.estimators import GAE, Advantages
+from lit_align.rollout.experience import Rollout
 from lit_align.rollout.sampling import Answer, Sampling
 from lit_align.stages.ppo_settings import PPOSettings
 
@@ -42,6 +44,15 @@ class FixedLength(LitPPO):
         rows = [ids.tolist() for ids in prompt_ids]
         size = self.sampling.max_new_tokens
         return [Answer(torch.tensor(ids), False) for ids in forced_answers(rows, size, self.policy.config.vocab_size)]
+
+
+class UnbiasedGAE(GAE):
+    """Whitened as the peer does, by the unbiased standard deviation: for the gate, whose gradients must be equal."""
+
+    def __call__(self, rollout: Rollout, kl_coef: float) -> Advantages:
+        """GAE's, times sqrt((n - 1) / n) for n sampled tokens."""
+        found, count = super().__call__(rollout, kl_coef), float(rollout.response_mask.sum())
+        return found._replace(advantages=found.advantages * ((count - 1) / count) ** 0.5)
 
 
 class Iterations(Callback):
@@ -80,6 +91,7 @@ def measure_ppo(case: Case, scratch: Path, out: Path, forced: bool) -> None:
         source(scratch / "policy", settings),
         reward_model=scalar,
         critic=scalar,
+        estimator=UnbiasedGAE() if forced else GAE(),
         ppo=PPOSettings(ppo_epochs=settings.ppo_epochs, missing_eos_penalty=0.0, reward_clip=None, dual_clip=None),
         sampling=Sampling(max_new_tokens=settings.response_length),
         **optimisation(settings),

@@ -89,7 +89,7 @@ _SFT = (("shipped", "A"), ("plain", "B"), ("grouped", "B"), ("padding-free", "B"
 _SFT += (("padding-free+ours", "C"), ("bfd+ours", "C"))
 _DPO = (("shipped", "A"), ("plain", "B"), ("precomputed", "B"), ("precomputed-grouped", "B"))
 _RM = (("shipped", "A"), ("plain", "B"), ("grouped", "B"))
-_PPO = (("shipped", "A"), ("plain", "B"), ("loop", "B"))
+_PPO = (("shipped", "A"), ("plain", "B"))
 
 CASES = {
     case.name: case

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-LOSS_TOLERANCE, NORM_TOLERANCE, CURVE_TOLERANCE = 1e-4, 1e-3, 2e-3
-"""Relative: of the first step's loss, of its gradient norm, of every later loss."""
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Relative differences that the gate lets through.
+
+    Attributes:
+        loss: Of the first step's loss.
+        norm: Of its gradient norm.
+        curve: Of every later loss: rounding of two programs grows from step to step.
+    """
+
+    loss: float = 1e-4
+    norm: float = 1e-3
+    curve: float = 2e-3
+
+
+TOLERANCES = {"float32": Tolerances(), "bfloat16": Tolerances(2e-3, 1e-2, 1e-2)}
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -38,7 +54,10 @@ def difference(left: float, right: float) -> float:
 
 
 def gate(
-    ours: dict[str, Any], peer: dict[str, Any], same_order: bool = True, norm_tolerance: float = NORM_TOLERANCE
+    ours: dict[str, Any],
+    peer: dict[str, Any],
+    same_order: bool = True,
+    tolerances: Tolerances = TOLERANCES["float32"],
 ) -> list[str]:
     """What keeps the peer's run from being compared with ours; empty = nothing.
 
@@ -47,7 +66,7 @@ def gate(
         peer: The same of the peer's.
         same_order: Whether both sides have the same examples in each step. If the peer makes up its own batches (by
             length, or packs), only the examples of the whole run can be the same, and are compared.
-        norm_tolerance: Relative, of the first step's gradient norm.
+        tolerances: Of losses and gradient norm.
     """
     faults = []
     if ours["examples"] != peer["examples"]:
@@ -56,15 +75,15 @@ def gate(
         faults.append("a loss is not finite")
     if not same_order:
         return faults
-    if [s["digest"] for s in ours["steps"]] != [s["digest"] for s in peer["steps"]]:
+    if [step.get("digest") for step in ours["steps"]] != [step.get("digest") for step in peer["steps"]]:
         faults.append("the steps hold different examples")
     if len(ours["losses"]) != len(peer["losses"]):
         return [*faults, f"{len(ours['losses'])} losses here, {len(peer['losses'])} there"]
     for step, (left, right) in enumerate(zip(ours["losses"], peer["losses"], strict=True)):
-        tolerance = CURVE_TOLERANCE if step else LOSS_TOLERANCE
+        tolerance = tolerances.curve if step else tolerances.loss
         if difference(left, right) > tolerance:
             faults.append(f"loss of step {step}: {left:.6g} here, {right:.6g} there")
-    if difference(ours["grad_norm"], peer["grad_norm"]) > norm_tolerance:
+    if difference(ours["grad_norm"], peer["grad_norm"]) > tolerances.norm:
         faults.append(f"first gradient norm: {ours['grad_norm']:.6g} here, {peer['grad_norm']:.6g} there")
     return faults
 

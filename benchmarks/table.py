@@ -72,9 +72,8 @@ def under(cases: list[dict[str, Any]]) -> list[str]:
         lines.append(machine)
     for case in cases:
         for variant, peer in case["peers"].items():
-            lines += [f"{case['case']}, {variant}: no number ({peer['faults'][0].splitlines()[0]})."] * bool(
-                peer["faults"]
-            )
+            if peer["faults"]:
+                lines.append(f"{case['case']}, {variant}: no number ({peer['faults'][0].splitlines()[0]}).")
     return lines
 
 

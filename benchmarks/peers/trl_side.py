@@ -161,6 +161,8 @@ def arguments(case: Case, variant: str, settings: Settings, rows: list[dict[str,
         given["gradient_checkpointing"] = False
     if "precomputed" in variant:
         given["precompute_ref_log_probs"] = True
+    if "grouped" in variant or "bfd" in variant:  # batches of its own: all examples once, in as many steps as it takes
+        given |= {"max_steps": -1, "num_train_epochs": 1}
     if "padding-free" in variant:
         given |= {"padding_free": True, "max_length": None}
     if "bfd" in variant:
