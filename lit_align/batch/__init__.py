@@ -2,6 +2,7 @@
 
 from lit_align.batch.loader import PlannedLoader, outlive_sigterm, sigterm_held
 from lit_align.batch.packing import LayOut, pack, pad
+from lit_align.batch.parts import example_parts, token_parts
 from lit_align.batch.plan import MicroPlan, epoch_order, plan_epoch, plan_step, split_step
 from lit_align.batch.types import (
     IGNORE_INDEX,
@@ -27,6 +28,7 @@ __all__ = [
     "Segment",
     "StepTotals",
     "epoch_order",
+    "example_parts",
     "outlive_sigterm",
     "pack",
     "pad",
@@ -34,4 +36,5 @@ __all__ = [
     "plan_step",
     "sigterm_held",
     "split_step",
+    "token_parts",
 ]

@@ -138,12 +138,13 @@ class _Table:
 
     def fields(self, examples: Sequence[Example], indices: Sequence[int], totals: StepTotals) -> dict:
         """The fields of a micro-batch that do not depend on the layout."""
-        counts = torch.tensor([len(t) for t in self.targets], dtype=torch.long)
+        counts = tuple(len(t) for t in self.targets)
+        repeats = torch.tensor(counts, dtype=torch.long)
         return {
             "scored": Scored(
                 targets=_cat(self.targets, torch.long),
                 sources=_cat(self.sources, torch.long),
-                sequences=torch.repeat_interleave(torch.arange(len(counts)), counts),
+                sequences=torch.repeat_interleave(torch.arange(len(counts)), repeats),
                 weights=_cat(self.weights, torch.float32),
             ),
             "ends": torch.tensor(self.ends, dtype=torch.long),
@@ -152,6 +153,7 @@ class _Table:
             "values": _stack([example.values for example in examples]),
             "tokens": {k: _cat([t[k] for t in self.tokens], torch.float32) for k in _same_keys(self.tokens)},
             "indices": torch.as_tensor(list(indices), dtype=torch.long),
+            "scored_counts": counts,
         }
 
 

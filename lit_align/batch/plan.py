@@ -8,6 +8,7 @@ step's denominators, so no collective is needed to normalise a loss.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from typing import overload
 import numpy as np
 
 from lit_align.batch.types import StepTotals
+
+WINDOW = 1024
+"""Shuffled examples among which steps of a number of tokens are filled."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ def plan_epoch(
         batch_size: Examples of an optimizer step, over all ranks and micro-batches; the last step of the epoch
             may hold fewer.
         max_tokens: Instead of `batch_size`: unique tokens of an optimizer step, over all ranks and micro-batches; a
-            step holds as many examples as fit, in the order of the epoch, and at least one.
+            step holds what fits, and at least one example. Shuffled examples are packed best-fit, `WINDOW` at a time
+            (arXiv:2404.10830); in file order a step holds as many as fit.
         parts: Ranks x micro-batches that share a step.
         shuffle: Whether the order is a permutation drawn from (seed, epoch).
         seed: Of the permutation.
@@ -166,9 +171,45 @@ def plan_epoch(
     order = epoch_order(len(lengths), shuffle=shuffle, seed=seed, epoch=epoch, copies=copies)
     if batch_size is not None:
         bounds = np.append(np.arange(0, len(order), batch_size), len(order))
+    elif shuffle:
+        order, bounds = _best_fit(order, lengths, int(max_tokens or 0), seed, epoch)
     else:
         bounds = _bounds_by_tokens(lengths[order], int(max_tokens or 0))
     return EpochPlan(order, bounds, lengths, trained_weights, parts)
+
+
+def _best_fit(
+    order: np.ndarray, lengths: np.ndarray, max_tokens: int, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The order rearranged so that steps are as full as can be, int64 [M], and the steps' bounds, int64 [steps + 1].
+
+    Examples stay within the window that chance has put them in, and a window's steps follow each other by chance, so
+    that which examples meet, and when, differs from epoch to epoch.
+    """
+    steps: list[np.ndarray] = []
+    for number, start in enumerate(range(0, len(order), WINDOW)):
+        window = order[start : start + WINDOW]
+        filled = _fill(lengths[window], max_tokens)
+        turn = np.random.default_rng([seed, epoch, number]).permutation(len(filled))
+        steps += [window[sorted(filled[step])] for step in turn]
+    return np.concatenate(steps), np.cumsum([0, *(len(step) for step in steps)])
+
+
+def _fill(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Places of the examples in steps: the longest first, each into the step that it leaves the least room in."""
+    steps: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # tokens left, number of the step; sorted
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        at = bisect_left(rooms, (length, 0))
+        if at == len(rooms):
+            left, step = max_tokens, len(steps)
+            steps.append([])
+        else:
+            left, step = rooms.pop(at)
+        steps[step].append(place)
+        insort(rooms, (max(left - length, 0), step))
+    return steps
 
 
 def _bounds_by_tokens(lengths: np.ndarray, max_tokens: int) -> np.ndarray:

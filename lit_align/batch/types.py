@@ -132,6 +132,7 @@ class MicroBatch:
         tokens: Numbers per scored token, float32 [N] each.
         indices: Index of each example in its dataset, int64 [B].
         num_tokens: Unique real tokens: no padding, a prefix counted once.
+        scored_counts: Scored tokens of each sequence; S plain ints, so that nobody asks the device for them.
     """
 
     input_ids: Tensor
@@ -146,6 +147,7 @@ class MicroBatch:
     tokens: dict[str, Tensor]
     indices: Tensor
     num_tokens: int
+    scored_counts: tuple[int, ...]
 
     @property
     def num_sequences(self) -> int:

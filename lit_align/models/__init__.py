@@ -3,12 +3,14 @@
 from lit_align.models import attention
 from lit_align.models.forward import (
     base_model,
+    example_loss,
     hidden_states,
     scalar_at_ends,
     scalar_at_sources,
     sequence_lengths,
     sequence_sums,
     token_logps,
+    token_loss,
     token_stats,
 )
 from lit_align.models.head import TokenStats
@@ -17,11 +19,13 @@ __all__ = [
     "TokenStats",
     "attention",
     "base_model",
+    "example_loss",
     "hidden_states",
     "scalar_at_ends",
     "scalar_at_sources",
     "sequence_lengths",
     "sequence_sums",
     "token_logps",
+    "token_loss",
     "token_stats",
 ]

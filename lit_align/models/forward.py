@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_align.batch import MicroBatch
+from lit_align.batch import MicroBatch, example_parts, token_parts
 from lit_align.models.attention import PACKED
-from lit_align.models.head import TokenStats, head_stats
+from lit_align.models.head import LossOfPart, TokenStats, head_logps, head_loss, head_stats
+from lit_align.models.projection import chunk_rows
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -47,26 +48,65 @@ def _check_packable(trunk: nn.Module) -> None:
         )
 
 
+def token_loss(
+    model: nn.Module,
+    batch: MicroBatch,
+    loss_of: LossOfPart,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> Tensor:
+    """A loss that is a sum over scored tokens; its part of the head costs three matrix products and bounded memory.
+
+    Args:
+        model: Causal language model, with adapters or without.
+        batch: Packed or padded.
+        loss_of: Gives the loss of a run of the scored tokens (see `token_parts`), summed over them. Called once for
+            each run; it may depend on trained weights through the stats alone.
+        temperature: Divides the logits.
+        entropy_gradient: Whether the loss depends on the entropy too.
+
+    Returns:
+        The sum over the micro-batch, a scalar; 0 with gradients of 0 where nothing is scored, so that ranks stay in
+        step.
+    """
+    parts = token_parts(batch, _rows(model, batch))
+    return head_loss(base_model(model), _predicting(model, batch), parts, loss_of, temperature, entropy_gradient)
+
+
+def example_loss(model: nn.Module, batch: MicroBatch, loss_of: LossOfPart) -> Tensor:
+    """A loss that is a sum over examples: as `token_loss`, but each part holds whole examples (`example_parts`)."""
+    parts = example_parts(batch, _rows(model, batch))
+    return head_loss(base_model(model), _predicting(model, batch), parts, loss_of)
+
+
 def token_stats(
     model: nn.Module, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> TokenStats:
-    """Log-probability, entropy and rank-1 flag of each scored token, N rows in float32.
+    """Log-probability, entropy and rank-1 flag of each scored token, N rows in float32, for any loss.
 
     A micro-batch without scored tokens gives empty rows that still reach every parameter in backward, so that
     ranks stay in step.
     """
-    hidden = hidden_states(model, batch)
-    if len(batch.scored) == 0:
-        reached = [hidden, *base_model(model).get_output_embeddings().parameters()]
-        nothing = torch.stack([tensor.float().sum() for tensor in reached])[:0]
-        return TokenStats(nothing, nothing, nothing.detach())
-    sources, targets = batch.scored.sources, batch.scored.targets
-    return head_stats(base_model(model), hidden[sources], targets, temperature, entropy_gradient)
+    hidden = _predicting(model, batch)
+    return head_stats(base_model(model), hidden, batch.scored.targets, temperature, entropy_gradient)
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probability in nats of each scored token, float32 [N]."""
-    return token_stats(model, batch, temperature).logps
+    """Log-probability in nats of each scored token, float32 [N]; cheapest with gradients off."""
+    hidden = _predicting(model, batch)
+    score = head_stats if torch.is_grad_enabled() else head_logps
+    found = score(base_model(model), hidden, batch.scored.targets, temperature)
+    return found.logps if isinstance(found, TokenStats) else found
+
+
+def _predicting(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict the scored tokens, [N, H]."""
+    return hidden_states(model, batch).index_select(0, batch.scored.sources)
+
+
+def _rows(model: nn.Module, batch: MicroBatch) -> int:
+    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
+    return chunk_rows(vocabulary, batch.input_ids.device)
 
 
 def sequence_sums(values: Tensor, batch: MicroBatch) -> Tensor:
@@ -80,8 +120,9 @@ def sequence_sums(values: Tensor, batch: MicroBatch) -> Tensor:
 
 
 def sequence_lengths(batch: MicroBatch) -> Tensor:
-    """Scored tokens of each sequence, float32 [S]."""
-    return torch.bincount(batch.scored.sequences, minlength=batch.num_sequences).float()
+    """Scored tokens of each sequence, float32 [S], on the device."""
+    ones = torch.ones_like(batch.scored.weights)
+    return ones.new_zeros(batch.num_sequences).index_add(0, batch.scored.sequences, ones)
 
 
 def scalar_at_ends(model: nn.Module, batch: MicroBatch) -> Tensor:

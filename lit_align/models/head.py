@@ -1,24 +1,25 @@
-"""From hidden states to log-probabilities of given tokens, without keeping [tokens, vocabulary] logits.
+"""From hidden states to log-probabilities of given tokens, and from there to the loss, without [tokens, vocabulary].
 
-The vocabulary projection runs over chunks of rows; where there are many, the backward pass computes each chunk again
-instead of keeping it. All of it is in float32, whatever the weights are: bfloat16 logits are too coarse for KL
-divergences and ratios.
+Two ways through the same projection. `head_loss` is for losses that are a sum over parts of the micro-batch: it goes
+part by part, asks the loss for its derivative at once, and so needs three matrix products for a part's logits and
+gradients. `head_stats` is for everything else: the logits of a part are computed again in the backward pass, which
+makes four. Both keep a bounded number of logits, whatever the micro-batch and the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from lit_align.models.modes import evaluating
-
-CHUNK_ROWS = 1024
-KEPT_LOGITS = 2**23
-"""So many logits (32 MiB) are kept for the backward pass rather than computed again."""
+from lit_align.batch import MicroBatch
+from lit_align.models.logits import plain_stats
+from lit_align.models.projection import Gradients, Projection, chunk_rows, plain_projection, score
 
 
 class TokenStats(NamedTuple):
@@ -35,15 +36,59 @@ class TokenStats(NamedTuple):
     correct: Tensor
 
 
+LossOfPart = Callable[[TokenStats, MicroBatch], Tensor]
+"""The loss of a part of a micro-batch, a scalar; it may depend on the trained weights through the stats alone."""
+Parts = Sequence[tuple[slice, MicroBatch]]
+"""Which rows of the scored tokens a part holds, and the part; see `lit_align.batch.parts`."""
+
+
+def head_loss(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    parts: Parts,
+    loss_of: LossOfPart,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> Tensor:
+    """Sum of a loss over parts of the micro-batch, with its gradient taken part by part.
+
+    Args:
+        model: The causal language model whose head is used: its weight, bias, scale and soft-cap.
+        hidden: Hidden states that predict the scored tokens, [N, H].
+        parts: Cover the N rows.
+        loss_of: Called once with each part, with gradients on or, if they are off around this call, without.
+        temperature: Divides the logits; the same as in sampling.
+        entropy_gradient: Whether the loss depends on the entropy too.
+
+    Returns:
+        Scalar; differentiable once.
+    """
+    head = plain_projection(model, temperature)
+    if head is None:
+        arguments = (temperature, entropy_gradient)
+        stats = [TokenStats(*plain_stats(model, hidden[rows], p.scored.targets, *arguments)) for rows, p in parts]
+        return _added([loss_of(s, part) for s, (_, part) in zip(stats, parts, strict=True)], hidden)
+    if torch.is_grad_enabled():
+        return _PartwiseLoss.apply(hidden, head.weight, head.bias, head, parts, loss_of, entropy_gradient)
+    with torch.autocast(hidden.device.type, enabled=False):
+        scored = [(score(hidden[rows], part.scored.targets, head), part) for rows, part in parts]
+        losses = [loss_of(_stats(chunk), part) for chunk, part in scored]
+    return _added(losses, hidden)
+
+
+def _added(losses: list[Tensor], like: Tensor) -> Tensor:
+    return sum(losses, start=like.new_zeros((), dtype=torch.float32))
+
+
 def head_stats(
     model: PreTrainedModel,
     hidden: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
-    chunk_rows: int = CHUNK_ROWS,
+    rows: int | None = None,
 ) -> TokenStats:
-    """Scores `targets` under softmax(logits / temperature).
+    """Scores `targets` under softmax(logits / temperature), for any loss.
 
     Args:
         model: The causal language model whose head is used: its weight, bias, scale and soft-cap.
@@ -51,72 +96,121 @@ def head_stats(
         targets: Token ids, int64 [N].
         temperature: Divides the logits; the same as in sampling.
         entropy_gradient: Whether the entropy is differentiable too.
-        chunk_rows: Rows of logits computed at a time.
+        rows: Rows of logits computed at a time; None = what suits the device.
 
     Returns:
         One row per target.
     """
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    arguments = (model, temperature, entropy_gradient)
-    chunks = []
-    for part, wanted in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
-        if len(hidden) * vocabulary > KEPT_LOGITS and torch.is_grad_enabled():
-            chunks.append(checkpoint(_chunk, part, wanted, *arguments, use_reentrant=False))
-        else:
-            chunks.append(_chunk(part, wanted, *arguments))
-    return TokenStats(*(torch.cat(column) for column in zip(*chunks, strict=True)))
-
-
-def _chunk(
-    hidden: Tensor, targets: Tensor, model: PreTrainedModel, temperature: float, entropy_gradient: bool
-) -> tuple[Tensor, ...]:
-    logps = torch.log_softmax(head_logits(model, hidden) / temperature, -1)  # [rows, V]
-    chosen = logps.gather(-1, targets[:, None])[:, 0]
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        distribution = logps if entropy_gradient else logps.detach()
-        entropy = -(distribution.exp() * distribution).sum(-1)
-    correct = (logps.detach().argmax(-1) == targets).float()
-    return chosen, entropy, correct
-
-
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits in float32 [N, V] of hidden states [N, H], with the model's own post-processing.
-
-    Covers a bias (Phi), a multiplier (Cohere: `logit_scale`), a divisor (Granite: `logits_scaling`) and
-    soft-capping (Gemma 2: `final_logit_softcapping`).
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    with torch.autocast(hidden.device.type, enabled=False):
-        if isinstance(head, torch.nn.Linear) and type(head) is torch.nn.Linear:
-            bias = None if head.bias is None else head.bias.float()
-            logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
-        else:
-            logits = head(hidden).float()
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-    return logits
+    rows = rows or chunk_rows(model.get_output_embeddings().weight.shape[0], hidden.device)
+    head = plain_projection(model, temperature)
+    if head is None:
+        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+        chunks = [plain_stats(model, h, t, temperature, entropy_gradient) for h, t in pieces]
+        return TokenStats(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+    return TokenStats(*_Stats.apply(hidden, head.weight, head.bias, targets, head, rows, entropy_gradient))
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Compares `head_logits` with the model's own logits on four tokens, once, when a policy is built.
+def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities alone, without gradients: float32 [N]; see `head_stats`."""
+    head = plain_projection(model, temperature)
+    if head is None:
+        return head_stats(model, hidden, targets, temperature).logps
+    rows = chunk_rows(len(head.weight), hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.cat([score(h, t, head, moments=False).logps for h, t in pieces])
 
-    Raises:
-        ValueError: The architecture does something to its logits that `head_logits` does not know.
-    """
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with evaluating(model):
-        own = model(input_ids=ids, use_cache=False).logits[0].float()
-        known = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    # The model's own head may work in bfloat16, which has 8 bits.
-    tolerance = 1e-4 if model.get_output_embeddings().weight.dtype == torch.float32 else 3e-2
-    difference = float((own - known).abs().max() / own.abs().max().clamp(min=1e-30))
-    if not difference <= tolerance:
-        raise ValueError(
-            f"{type(model).__name__} post-processes its logits in a way that is not known here (relative difference "
-            f"{difference:.2g}): its log-probabilities would be wrong"
-        )
+
+def _stats(chunk: Any) -> TokenStats:
+    return TokenStats(chunk.logps, chunk.entropy, chunk.correct)
+
+
+class _PartwiseLoss(torch.autograd.Function):
+    """Loss and gradient in one walk; the loss's derivative of a part is asked for while its logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Projection,
+        parts: Parts,
+        loss_of: LossOfPart,
+        entropy_gradient: bool,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=head.exact)
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients, of_hidden = Gradients(head), torch.zeros_like(hidden)
+            for rows, part in parts:
+                chunk = score(hidden[rows], part.scored.targets, head, keep=True)
+                loss, of_logps, of_entropy = _derivatives(loss_of, _stats(chunk), part, entropy_gradient)
+                of_hidden[rows] = gradients.add(chunk, of_logps, of_entropy).to(hidden.dtype)
+                total = total + loss
+        ctx.save_for_backward(of_hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second copy of the weights' gradient may be gigabytes.
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        scaled = [None if g is None else g.mul_(of_total[0]) for g in (of_hidden, of_weight, of_bias)]
+        narrow = [None if g is None else g.to(d) for g, d in zip(scaled[1:], ctx.dtypes, strict=True)]
+        return scaled[0], *narrow, None, None, None, None
+
+
+def _derivatives(
+    loss_of: LossOfPart, stats: TokenStats, part: MicroBatch, entropy_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss of a part, and its derivative by each log-probability and, if asked for, by each entropy."""
+    stats.logps.requires_grad_()
+    inputs = [stats.logps]
+    if entropy_gradient:
+        inputs.append(stats.entropy.requires_grad_())
+    with torch.enable_grad():
+        loss = loss_of(stats, part)
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return loss.detach(), found[0], found[1] if entropy_gradient else None
+
+
+class _Stats(torch.autograd.Function):
+    """Log-probabilities whose logits are computed again for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Projection,
+        rows: int,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+            chunks = [_stats(score(h, t, head)) for h, t in pieces]
+        logps, entropy, correct = (torch.cat(column) for column in zip(*chunks, strict=True))
+        ctx.save_for_backward(hidden, targets)
+        ctx.head, ctx.rows, ctx.entropy_gradient = head, rows, entropy_gradient
+        ctx.mark_non_differentiable(correct, *(() if entropy_gradient else (entropy,)))
+        return logps, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *of_stats: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets = ctx.saved_tensors
+        head: Projection = ctx.head
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients, of_hidden = Gradients(head), []
+            of_entropy = of_stats[1].split(ctx.rows) if ctx.entropy_gradient else repeat(None)
+            pieces = zip(hidden.split(ctx.rows), targets.split(ctx.rows), of_stats[0].split(ctx.rows), strict=True)
+            for (h, t, of_logps), of_e in zip(pieces, of_entropy, strict=False):
+                chunk = score(h, t, head, keep=True, moments=ctx.entropy_gradient)
+                of_hidden.append(gradients.add(chunk, of_logps, of_e).to(hidden.dtype))
+        wide = zip((gradients.weight, gradients.bias), (head.weight, head.bias), strict=True)
+        narrow = [None if g is None else g.to(like.dtype) for g, like in wide]
+        return torch.cat(of_hidden), *narrow, None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lit_align.batch import MicroBatch
 from lit_align.losses import PreferenceLogps, PreferenceLoss, Sigmoid, chosen_nll
-from lit_align.models import sequence_lengths, sequence_sums, token_logps, token_stats
+from lit_align.models import TokenStats, example_loss, sequence_lengths, sequence_sums, token_logps, token_stats
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import make_reference
 from lit_align.models.source import ModelSource
@@ -56,7 +57,7 @@ class LitDPO(ReferencedStage):
         loss: PreferenceLoss = Sigmoid(beta=0.1),  # noqa: B008 (frozen, and jsonargparse shows it)
         reference: ModelSource | None = None,
         rpo_alpha: float | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
@@ -91,34 +92,44 @@ class LitDPO(ReferencedStage):
     test_step = validation_step
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        stats = token_stats(self.policy, batch)
-        logps = sequence_sums(stats.logps, batch)  # [S], one per response
-        pairs = self._pairs(logps, self._reference_logps(batch, logps), batch)
+        batch = replace(batch, values=batch.values | self._reference_values(batch))
+        if self.loss.couples_pairs:  # then there are no parts
+            return self._loss_of_pairs(token_stats(self.policy, batch), batch)
+        return example_loss(self.policy, batch, self._loss_of_pairs)
+
+    def _loss_of_pairs(self, stats: TokenStats, part: MicroBatch) -> Tensor:
+        """Summed over the pairs of a part of the micro-batch."""
+        pairs = self._pairs(sequence_sums(stats.logps, part), part)
         losses = self.loss(pairs)  # [B]
         nll = chosen_nll(pairs.policy_chosen, pairs.chosen_lengths)
         if self.rpo_alpha is not None:
             losses = self.rpo_alpha * losses + nll
-        loss = (losses * batch.values.get("weight", torch.ones_like(losses))).sum()
+        loss = (losses * part.values.get("weight", torch.ones_like(losses))).sum()
         self._record(pairs, loss, nll, stats.entropy)
         return loss
 
-    def _pairs(self, logps: Tensor, reference_logps: Tensor, batch: MicroBatch) -> PreferenceLogps:
+    def _pairs(self, logps: Tensor, part: MicroBatch) -> PreferenceLogps:
         # An empty micro-batch has one column of groups, hence -1 for the second.
-        chosen, rejected = batch.groups[:, 0], batch.groups[:, -1]
-        lengths = sequence_lengths(batch)
+        chosen, rejected = part.groups[:, 0], part.groups[:, -1]
+        lengths = sequence_lengths(part)
         return PreferenceLogps(
             logps[chosen],
             logps[rejected],
-            reference_logps[chosen],
-            reference_logps[rejected],
+            part.values["reference_chosen"],
+            part.values["reference_rejected"],
             lengths[chosen],
             lengths[rejected],
         )
 
+    def _reference_values(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Summed log-probabilities under the reference, [B] each; they belong to the example, so a part has its own."""
+        logps = self._reference_logps(batch)
+        return {"reference_chosen": logps[batch.groups[:, 0]], "reference_rejected": logps[batch.groups[:, -1]]}
+
     @torch.no_grad()
-    def _reference_logps(self, batch: MicroBatch, logps: Tensor) -> Tensor:
+    def _reference_logps(self, batch: MicroBatch) -> Tensor:
         if not self.has_reference:
-            return torch.zeros_like(logps)
+            return sequence_sums(torch.zeros_like(batch.scored.weights), batch)
         with reference_policy(self.policy, self.reference) as reference:
             return sequence_sums(token_logps(reference, batch), batch)
 

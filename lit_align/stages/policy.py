@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lit_align.batch import LayOut, MicroBatch, PromptBatch, pack
 from lit_align.models import base_model, sequence_sums, token_logps
-from lit_align.models.head import check_head
 from lit_align.models.load import load_causal_lm, load_tokenizer
+from lit_align.models.logits import check_head
 from lit_align.models.reference import reference_mode
 from lit_align.models.source import ModelSource
 from lit_align.rollout.experience import as_examples

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
-from lit_align.models import scalar_at_sources, token_stats
+from lit_align.models import TokenStats, scalar_at_sources, token_loss
 from lit_align.models.checkpoint import ENTRY
 from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
@@ -91,7 +91,7 @@ class LitPPO(ReferencedStage):
         estimator: AdvantageEstimator = GAE(),  # noqa: B008 (frozen)
         ppo: PPOSettings = PPOSettings(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         critic_lr: float | None = None,
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
@@ -144,43 +144,47 @@ class LitPPO(ReferencedStage):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """Clipped policy and value loss of the micro-batch's tokens, as their share of the step's mean."""
-        old = batch.tokens
-        stats = token_stats(self.policy, batch, self.sampling.temperature, self.ppo.entropy_coef != 0)  # [N]
+        temperature, needs_entropy = self.sampling.temperature, self.ppo.entropy_coef != 0
+        loss = token_loss(self.policy, batch, self._policy_loss, temperature, needs_entropy)
+        if self.critic is not None:
+            loss = loss + self.ppo.value_coef * self._value_loss(batch)
+        self.record(loss=(loss, len(batch.scored)))
+        return self.scaled(loss, batch.totals.tokens)
+
+    def _policy_loss(self, stats: TokenStats, part: MicroBatch) -> Tensor:
+        """Clipped loss, entropy bonus and KL penalty, summed over a part of the micro-batch's tokens."""
+        old_logps = part.tokens["old_logps"]
         policy = clipped_policy_loss(
             stats.logps,
-            _column(old, "old_logps", stats.logps),
-            _column(old, "advantages", stats.logps),
+            old_logps,
+            part.tokens["advantages"],
             self.ppo.clip_range,
             self.ppo.clip_range_high,
             self.ppo.dual_clip,
         )
-        losses = policy.loss - self.ppo.entropy_coef * stats.entropy
+        losses = policy.loss - self.ppo.entropy_coef * stats.entropy  # [N]
         if self.ppo.kl_loss_coef:
-            reference_logps = _column(old, "reference_logps", stats.logps)
-            losses = losses + self.ppo.kl_loss_coef * kl_estimates(stats.logps, reference_logps, "k2")
-        if self.critic is not None:
-            value = clipped_value_loss(
-                values := scalar_at_sources(self.critic, batch),
-                _column(old, "old_values", values),
-                _column(old, "returns", values),
-                self.ppo.clip_range_value,
-            )
-            losses = losses + self.ppo.value_coef * value.loss
-            self.record(**{"loss/value_avg": _sum(value.loss), "val/clipfrac_avg": _sum(value.clipped.float())})
-        self._record_update(losses, policy, stats.logps - _column(old, "old_logps", stats.logps), stats.entropy)
-        return self.scaled(losses.sum(), batch.totals.tokens)
-
-    def _record_update(self, losses: Tensor, policy: Any, log_ratio: Tensor, entropy: Tensor) -> None:
+            losses = losses + self.ppo.kl_loss_coef * kl_estimates(stats.logps, part.tokens["reference_logps"], "k2")
         self.record(
             **{
-                "loss": _sum(losses),
                 "loss/policy_avg": _sum(policy.loss),
-                "policy/approxkl_avg": _sum(0.5 * log_ratio.square()),
+                "policy/approxkl_avg": _sum(0.5 * (stats.logps - old_logps).square()),
                 "policy/clipfrac_avg": _sum(policy.clipped.float()),
-                "policy/entropy_avg": _sum(entropy),
+                "policy/entropy_avg": _sum(stats.entropy),
                 "val/ratio": _sum(policy.ratio),
             }
         )
+        return losses.sum()
+
+    def _value_loss(self, batch: MicroBatch) -> Tensor:
+        """Clipped value loss, summed over the micro-batch's tokens."""
+        values = scalar_at_sources(self.critic, batch)  # [N]
+        if len(values) == 0:  # a micro-batch without examples has no columns, and every parameter its zero
+            return values.sum()
+        old_values, returns = batch.tokens["old_values"], batch.tokens["returns"]
+        value = clipped_value_loss(values, old_values, returns, self.ppo.clip_range_value)
+        self.record(**{"loss/value_avg": _sum(value.loss), "val/clipfrac_avg": _sum(value.clipped.float())})
+        return value.loss.sum()
 
     # -- the rollout
 
@@ -291,8 +295,3 @@ def _sum(values: Tensor) -> tuple[Tensor, int]:
 
 def _split(rows: list[Tensor], n: int) -> list[tuple[Tensor, ...]]:
     return [tuple(rows[i : i + n]) for i in range(0, len(rows), n)]
-
-
-def _column(tokens: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    # A micro-batch without examples has no columns at all.
-    return tokens[name] if len(like) else torch.zeros_like(like)

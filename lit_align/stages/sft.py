@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.batch import MicroBatch
 from lit_align.losses import weighted_nll
-from lit_align.models import token_stats
+from lit_align.models import TokenStats, token_loss
 from lit_align.models.source import ModelSource
 from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.policy import PolicyStage
@@ -35,23 +35,24 @@ class LitSFT(PolicyStage):
     def __init__(
         self,
         policy: ModelSource,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of the micro-batch's trained tokens, as its share of the step's mean."""
-        return self.scaled(self._nll(batch), batch.totals.tokens)
+        return self.scaled(token_loss(self.policy, batch, self._nll), batch.totals.tokens)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Records the same loss."""
-        self._nll(batch)
+        token_loss(self.policy, batch, self._nll)
 
     test_step = validation_step
 
-    def _nll(self, batch: MicroBatch) -> Tensor:
-        stats, weights = token_stats(self.policy, batch), batch.scored.weights
+    def _nll(self, stats: TokenStats, part: MicroBatch) -> Tensor:
+        """Summed over a part of the micro-batch's tokens."""
+        weights = part.scored.weights
         loss = weighted_nll(stats.logps, weights)
         count = weights.sum()
         self.record(

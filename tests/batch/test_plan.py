@@ -56,16 +56,47 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 @given(LENGTHS, st.integers(1, 800), st.integers(1, 4), st.integers(0, 3))
-def test_a_step_in_tokens_holds_as_many_examples_as_fit(lengths, max_tokens, parts, epoch):
+def test_in_file_order_a_step_in_tokens_holds_as_many_examples_as_fit(lengths, max_tokens, parts, epoch):
     numbers = np.asarray(lengths)
-    options = {"max_tokens": max_tokens, "shuffle": True, "seed": 0, "epoch": epoch}
+    options = {"max_tokens": max_tokens, "shuffle": False, "seed": 0, "epoch": epoch}
     steps = plan_epoch(numbers, numbers * 0.5, parts=parts, **options)
     held = [list(steps.examples(s)) for s in range(len(steps))]
-    assert [i for step in held for i in step] == list(epoch_order(len(lengths), shuffle=True, seed=0, epoch=epoch))
+    assert [i for step in held for i in step] == list(range(len(lengths)))
     for step, after in zip(held, [*held[1:], None], strict=True):
         load = sum(lengths[i] for i in step)
         assert load <= max_tokens or len(step) == 1
         assert after is None or load + lengths[after[0]] > max_tokens
+
+
+@given(LENGTHS, st.integers(1, 800), st.integers(0, 3))
+def test_shuffled_steps_in_tokens_are_packed_best_fit(lengths, max_tokens, epoch):
+    numbers = np.asarray(lengths)
+    options = {"max_tokens": max_tokens, "shuffle": True, "seed": 0, "epoch": epoch}
+    steps = plan_epoch(numbers, numbers * 0.5, parts=1, **options)
+    held = [steps.examples(s).tolist() for s in range(len(steps))]
+    loads = [sum(lengths[i] for i in step) for step in held]
+    assert sorted(i for step in held for i in step) == list(range(len(lengths)))
+    assert all(load <= max_tokens or len(step) == 1 for step, load in zip(held, loads, strict=True))
+    # No two steps fit into one: no example was given a step of its own that another step had room for.
+    rooms = sorted(load for load in loads if load <= max_tokens)
+    assert len(rooms) < 2 or rooms[0] + rooms[1] > max_tokens
+    again = plan_epoch(numbers, numbers * 0.5, parts=3, **options)
+    assert [again.examples(s).tolist() for s in range(len(again))] == held
+
+
+def test_windows_of_shuffled_examples_are_packed_nearly_full_and_differ_from_epoch_to_epoch():
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.8, 20_000).astype(int).clip(8, 4096)
+    epochs = [
+        plan_epoch(lengths, lengths * 1.0, max_tokens=4096, parts=1, shuffle=True, seed=0, epoch=epoch)
+        for epoch in range(2)
+    ]
+    for plan_of_epoch in epochs:
+        assert lengths.sum() / (len(plan_of_epoch) * 4096) > 0.985
+    partners = [{tuple(sorted(p.examples(s).tolist())) for s in range(len(p))} for p in epochs]
+    assert len(partners[0] & partners[1]) < 0.01 * len(partners[0])
+    first = [np.mean(lengths[epochs[0].examples(s)]) for s in range(100)]
+    last = [np.mean(lengths[epochs[0].examples(s)]) for s in range(len(epochs[0]) - 100, len(epochs[0]))]
+    assert 0.7 < np.mean(first) / np.mean(last) < 1.4  # long examples are not all at the beginning
 
 
 def test_copies_say_how_often_an_epoch_visits_an_example():

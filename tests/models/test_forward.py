@@ -6,9 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lit_align.batch import Branch, Example, StepTotals, pack, pad
 from lit_align.models import (
-    forward,
-    head,
     hidden_states,
+    logits,
     scalar_at_ends,
     scalar_at_sources,
     sequence_lengths,
@@ -149,31 +148,14 @@ def test_garbage_in_a_neighbour_changes_neither_values_nor_gradients(pairs):
 def test_temperature_divides_the_logits(pairs):
     model, batch = tiny("llama"), pack(pairs, range(3), TOTALS)
     hidden = hidden_states(model, batch)[batch.scored.sources]
-    logits = model.lm_head(hidden).double() / 0.7
-    want = logits.log_softmax(-1).gather(-1, batch.scored.targets[:, None])[:, 0]
+    scaled = model.lm_head(hidden).double() / 0.7
+    want = scaled.log_softmax(-1).gather(-1, batch.scored.targets[:, None])[:, 0]
     stats = token_stats(model, batch, temperature=0.7)
     torch.testing.assert_close(stats.logps.double(), want, rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        stats.entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=1e-6
+        stats.entropy.double(), torch.distributions.Categorical(logits=scaled).entropy(), rtol=0, atol=1e-6
     )
-    assert torch.equal(stats.correct.bool(), logits.argmax(-1) == batch.scored.targets)
-
-
-@pytest.mark.parametrize("kept", [0, 10**9], ids=["computed again", "kept"])
-def test_chunks_of_the_head_change_nothing(pairs, monkeypatch, kept):
-    model, batch = tiny("llama_tied"), pack(pairs, range(3), TOTALS)
-
-    def both(stats):
-        return (stats.logps.square() + 0.3 * stats.entropy.square()).sum()
-
-    whole = token_stats(model, batch, entropy_gradient=True)
-    want = gradients(model, both(whole))
-    monkeypatch.setattr(head, "KEPT_LOGITS", kept)
-    monkeypatch.setattr(forward, "head_stats", lambda *a: head.head_stats(*a, chunk_rows=3))
-    chunked = token_stats(model, batch, entropy_gradient=True)
-    torch.testing.assert_close(chunked.logps, whole.logps, rtol=0, atol=1e-6)
-    for name, grad in gradients(model, both(chunked)).items():
-        torch.testing.assert_close(grad, want[name], rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.correct.bool(), scaled.argmax(-1) == batch.scored.targets)
 
 
 def test_entropy_has_a_gradient_only_when_asked_for(pairs):
@@ -246,11 +228,11 @@ def test_packed_batches_under_another_attention_are_refused(attention, pairs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_known_for_every_family_here(family):
-    head.check_head(tiny(family))
+    logits.check_head(tiny(family))
 
 
 def test_a_head_with_unknown_post_processing_is_refused(monkeypatch):
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
     with pytest.raises(ValueError, match="post-processes its logits"):
-        head.check_head(model)
+        logits.check_head(model)
