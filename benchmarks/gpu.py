@@ -220,13 +220,13 @@ def train(setup: Setup) -> dict[str, Any]:
 
 def attention(setup: Setup) -> dict[str, Any]:
     """Forward and backward of one layer's attention: documents in a packed row, or a batch for SDPA's kernels."""
-    from lit_align.batch import Segment
+    from benchmarks.packed import attention_arguments
     from lit_align.models.attention import packed_attention
 
     heads, kv_heads, width, found = 16, 8, 128 if not setup.tiny else 8, {}
     for length in map(setup.size, (512, 2048, 4096)):
         documents = max(1, setup.size(16384) // length)
-        segments = tuple(Segment(i * length, (i + 1) * length) for i in range(documents))
+        given = attention_arguments([length] * documents, setup.device)
 
         def random(rows: int, number: int, columns: int) -> Tensor:
             made = torch.randn(rows, number, columns, width, device=setup.device, dtype=setup.dtype)
@@ -235,7 +235,7 @@ def attention(setup: Setup) -> dict[str, Any]:
         row = [random(1, n, documents * length) for n in (heads, kv_heads, kv_heads)]
         batch = [random(documents, n, length) for n in (heads, kv_heads, kv_heads)]
         ways: dict[str, Callable[[], Tensor]] = {
-            "packed": lambda row=row, s=segments: packed_attention(torch.nn.Module(), *row, None, segments=s)[0]
+            "packed": lambda row=row, given=given: packed_attention(torch.nn.Module(), *row, None, **given)[0]
         }
         for name, backend in backends(setup).items():
             ways[name] = lambda batch=batch, backend=backend: causal(batch, backend)
@@ -297,8 +297,9 @@ def decode(setup: Setup) -> dict[str, Any]:
     """Answers of a forced length: this project's sampling, and `generate`."""
     from transformers import GenerationConfig
 
+    from benchmarks.ours_ppo import NEVER, sampler
     from lit_align.models.load import load_causal_lm
-    from lit_align.rollout.sampling import Sampling, sample
+    from lit_align.rollout.sampling import Sampling
 
     model, found = load_causal_lm(setup.source("Qwen3-0.6B")).to(setup.device), {}
     prompt, length = setup.size(256), setup.size(256)
@@ -307,7 +308,7 @@ def decode(setup: Setup) -> dict[str, Any]:
         forced = GenerationConfig(max_new_tokens=length, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
         settings = Sampling(max_new_tokens=length, batch_size=batch)
         ways = {
-            "ours": lambda ids=ids, settings=settings: sample(model, list(ids), [-1], settings),
+            "ours": lambda ids=ids, settings=settings: sampler()(model, list(ids), [NEVER], settings),
             "generate": lambda ids=ids, forced=forced: model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=forced
             ),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.meter import Meter, digest
@@ -100,7 +101,7 @@ def stage_of(case: Case, settings: Settings, scratch: Path) -> Any:
 
 
 def trainer_of(settings: Settings, *callbacks: Callback, **options: Any) -> Trainer:
-    """A trainer that logs, and writes nothing else."""
+    """A trainer that logs, and keeps no checkpoints."""
     defaults: dict[str, Any] = {
         "accelerator": "gpu" if settings.device == "cuda" else "cpu",
         "devices": 1,
@@ -130,7 +131,8 @@ def measure(case: Case, scratch: Path, out: Path) -> None:
         data = TokenData([as_example(row) for row in rows], settings.batch_size)
     meter = Meter(settings.device)
     callback = Measure(meter, ("policy", "reference", "reward_model"))
-    trainer_of(settings, callback).fit(stage_of(case, settings, scratch), data)
+    trainer = trainer_of(settings, callback, logger=CSVLogger(scratch, name="logs"))
+    trainer.fit(stage_of(case, settings, scratch), data)
     dataset = data.datasets["train"]
     for indices in callback.indices:
         held = [as_dict(dataset[int(i)]) for i in indices]

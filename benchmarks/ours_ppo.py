@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from benchmarks.meter import Meter, digest
@@ -35,15 +36,37 @@ class FixedLength(LitPPO):
         """None that could be sampled."""
         return [NEVER]
 
-    def answer(
-        self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None, noise: Tensor | None = None
-    ) -> list[Answer]:
+    def answer(self, prompt_ids: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Answer]:
         """As `LitPPO`'s, or the same tokens on both sides."""
         if not self.forced:
-            return super().answer(prompt_ids, sampling, noise)
-        rows = [ids.tolist() for ids in prompt_ids]
+            return super().answer(prompt_ids, *args, **kwargs)
+        return self._given(prompt_ids)
+
+    def answers(
+        self, prompt_ids: Sequence[Tensor], num_answers: int, *args: Any, **kwargs: Any
+    ) -> list[tuple[Answer, ...]]:
+        """The same for groups of answers, where rollouts ask for them so."""
+        if not self.forced:
+            return super().answers(prompt_ids, num_answers, *args, **kwargs)
+        return [(answer,) for answer in self._given(prompt_ids)]
+
+    def _given(self, prompt_ids: Sequence[Tensor]) -> list[Answer]:
         size = self.sampling.max_new_tokens
-        return [Answer(torch.tensor(ids), False) for ids in forced_answers(rows, size, self.policy.config.vocab_size)]
+        rows = forced_answers([ids.tolist() for ids in prompt_ids], size, self.policy.config.vocab_size)
+        # Where answers carry log-probabilities of their engine, several passes over a rollout do not use them.
+        more = {"logps": torch.zeros(size)} if "logps" in Answer.__dataclass_fields__ else {}
+        return [Answer(torch.tensor(ids), False, **more) for ids in rows]
+
+
+def sampler() -> Callable[[Any, list[Tensor], list[int], Sampling], Any]:
+    """The project's sampling of one answer to each prompt: f(model, prompts, stop ids, sampling)."""
+    try:
+        from lit_align.rollout.engines import Decode
+    except ImportError:
+        from lit_align.rollout.sampling import sample
+
+        return sample
+    return lambda model, prompts, stops, sampling: Decode()(model, prompts, 1, stops, sampling, None)
 
 
 class UnbiasedGAE(GAE):
@@ -100,7 +123,13 @@ def measure_ppo(case: Case, scratch: Path, out: Path, forced: bool) -> None:
     count = 1 if forced else settings.warmup + settings.steps
     meter, data = Meter(settings.device), data_module(case, settings, scratch)
     trainer = trainer_of(
-        settings, Iterations(meter), max_steps=-1, max_epochs=count, gradient_clip_val=None, log_every_n_steps=4
+        settings,
+        Iterations(meter),
+        max_steps=-1,
+        max_epochs=count,
+        gradient_clip_val=None,  # the peer does not clip
+        log_every_n_steps=settings.ppo_epochs,  # once an iteration, as the peer does
+        logger=CSVLogger(scratch, name="logs"),
     )
     trainer.fit(stage, data)
     meter.steps = iterations(rows, settings.batch_size, settings.response_length)[:count]

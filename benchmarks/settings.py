@@ -96,9 +96,9 @@ CASES = {
     for case in (
         Case("sft", "sft", "sft/medical_sft.jsonl", peers=_SFT),
         Case("dpo", "dpo", "preference/dpo_zh.jsonl", peers=_DPO),
-        Case("dpo-0.4", "dpo", ratio=0.4, peers=_DPO[1:3]),
-        Case("dpo-2", "dpo", ratio=2.0, peers=_DPO[1:3]),
-        Case("dpo-4", "dpo", ratio=4.0, peers=_DPO[1:3]),
+        Case("dpo-0.4", "dpo", ratio=0.4, peers=_DPO[2:3]),
+        Case("dpo-2", "dpo", ratio=2.0, peers=_DPO[2:3]),
+        Case("dpo-4", "dpo", ratio=4.0, peers=_DPO[2:3]),
         Case("rm", "rm", "preference/dpo_zh.jsonl", peers=_RM),
         Case("ppo", "ppo", "prompts/medical_qa.jsonl", peers=_PPO),
         Case("sft-30", "sft", "sft/medical_sft.jsonl", layers=30),
