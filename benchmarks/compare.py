@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +26,13 @@ import torch
 from benchmarks import flops
 from benchmarks.meter import machine, matrix_rate
 from benchmarks.prepare import prepare
+from benchmarks.process import Places, run
 from benchmarks.settings import CASES, REPOSITORY, Case, Settings
 from benchmarks.stats import TOLERANCES, gate, median, percentile, timed
 from benchmarks.table import render
 from benchmarks.tokens import load_tokens, scored_tokens, unique_tokens
 
 NAMES = (*CASES, "growth")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where things are.
-
-    Attributes:
-        model: Folder of the model that is cut.
-        scratch: Folder for weights, token ids and what the processes say; not kept.
-        peers: Environment of the peer of SFT, DPO and RM.
-        peers_ppo: Environment of the peer of PPO.
-    """
-
-    model: Path
-    scratch: Path
-    peers: Path
-    peers_ppo: Path
-
-
-def run(case: Case, variant: str, places: Places, settings: Settings, forced: bool = False) -> dict[str, Any]:
-    """One process; what it measured.
-
-    Raises:
-        RuntimeError: It failed; with the end of what it said.
-    """
-    folder = places.scratch / case.name
-    out, log = folder / f"{variant}.json", folder / f"{variant}.log"
-    if variant == "ours":
-        command = [sys.executable, "-m", "benchmarks.ours", case.name, str(folder), str(out)]
-    elif case.stage == "ppo":
-        python = places.peers_ppo / "bin" / "python"
-        command = [str(python), "-m", "benchmarks.peers.trl_ppo", variant, str(folder), str(out)]
-    else:
-        python = places.peers / "bin" / "python"
-        command = [str(python), "-m", "benchmarks.peers.trl_side", case.name, variant, str(folder), str(out)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(settings.threads),
-        "PYTHONPATH": str(REPOSITORY),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    out.unlink(missing_ok=True)
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            command + ["--forced"] * forced, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, check=False
-        )
-    if done.returncode or not out.is_file():
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise RuntimeError(f"{case.name}, {variant}: exit status {done.returncode}\n{tail}")
-    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def useful_flops_per_token(case: Case, settings: Settings, scratch: Path) -> float:
@@ -234,6 +185,7 @@ def compare(case: Case, settings: Settings, places: Places, options: argparse.Na
         if time.perf_counter() - begin + longest > options.seconds and len(comparison.ours) >= options.least_rounds:
             break
         comparison.round([v for v in comparison.best() if comparison.columns[v] != "A"])
+    print(f"  {len(comparison.ours)} rounds, {time.perf_counter() - begin:.0f} s", flush=True)
     return comparison.result()
 
 
@@ -275,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"no model at {options.model}: run `make smollm`, or give --model")
     settings = Settings(warmup=options.warmup, steps=options.steps, threads=options.threads)
     settings = replace(settings, device=options.device, dtype=options.dtype)
+    results = options.results / options.device if options.device != "cpu" else options.results
     if options.smoke:
         settings = replace(settings, layers=1, batch_size=2, max_length=64, response_length=8, ppo_epochs=2, steps=2)
         options.rounds, options.least_rounds = 1, 1
@@ -293,11 +246,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.smoke:
             print(f"  smoke run, not kept: ratios {ratios_of(result)}")
         else:
-            options.results.mkdir(parents=True, exist_ok=True)
+            results.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1) + "\n"
-            (options.results / f"{name}.json").write_text(text, encoding="utf-8")
+            (results / f"{name}.json").write_text(text, encoding="utf-8")
     if not options.smoke:
-        print(render(options.results))
+        print(render(results))
     return int(failed)
 
 

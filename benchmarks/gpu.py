@@ -17,8 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,94 +26,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import flops
+from benchmarks.gpu_parts import attention, decode, head
+from benchmarks.gpu_setup import Setup
 from benchmarks.growth import tokenizer
 from benchmarks.meter import Meter, machine, matrix_rate, versions
 from benchmarks.settings import Settings
 from benchmarks.stats import median, percentile
-
-_QWEN = {"model_type": "qwen3", "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
-_QWEN |= {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {**_QWEN, "hidden_size": 1024, "intermediate_size": 3072},
-    "Qwen3-1.7B": {**_QWEN, "hidden_size": 2048, "intermediate_size": 6144},
-    "Llama-3.1-8B": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-    },
-}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512, "max_position_embeddings": 4096}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where and how large.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        dtype: Of weights and arithmetic.
-        tiny: Small stand-ins for every size.
-        floor: FLOP/s of a large matrix product on this device.
-        folder: Of the smallest tokenizer.
-    """
-
-    device: str
-    dtype: torch.dtype
-    tiny: bool
-    floor: float
-    folder: Path
-
-    def config(self, name: str) -> dict[str, Any]:
-        """Of a model."""
-        return {**CONFIGS[name], **TINY} if self.tiny else CONFIGS[name]
-
-    def size(self, number: int) -> int:
-        """Of tokens."""
-        return max(8, number // 64) if self.tiny else number
-
-    def source(self, name: str, lora: bool = False) -> Any:
-        """Random weights of a real configuration."""
-        from lit_align import LoraSettings, ModelSource
-
-        dtype = str(self.dtype).removeprefix("torch.")
-        adapters = LoraSettings(r=16) if lora else None
-        return ModelSource(config=self.config(name), tokenizer=str(self.folder), dtype=dtype, lora=adapters)
-
-
-def timed(setup: Setup, work: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Milliseconds of one call (median, p10, p90; CUDA events), and bytes above what was there before."""
-    samples = []
-    if setup.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    for number in range(warmup + (2 if setup.tiny else repeats)):
-        if setup.device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            sample = begin.elapsed_time(end)
-        else:
-            start = time.perf_counter()
-            work()
-            sample = 1000 * (time.perf_counter() - start)
-        if number >= warmup:
-            samples.append(sample)
-    found = {"ms": median(samples), "p10": percentile(samples, 0.1), "p90": percentile(samples, 0.9)}
-    if setup.device == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    return found
-
-
-# -- training steps
 
 
 @dataclass(frozen=True)
@@ -212,110 +129,6 @@ def train(setup: Setup) -> dict[str, Any]:
         print(f"{name}: {found[name]['tokens_per_second']:.0f} tokens/s", flush=True)
         if setup.device == "cuda":
             torch.cuda.empty_cache()
-    return found
-
-
-# -- parts
-
-
-def attention(setup: Setup) -> dict[str, Any]:
-    """Forward and backward of one layer's attention: documents in a packed row, or a batch for SDPA's kernels."""
-    from benchmarks.packed import attention_arguments
-    from lit_align.models.attention import packed_attention
-
-    heads, kv_heads, width, found = 16, 8, 128 if not setup.tiny else 8, {}
-    for length in map(setup.size, (512, 2048, 4096)):
-        documents = max(1, setup.size(16384) // length)
-        given = attention_arguments([length] * documents, setup.device)
-
-        def random(rows: int, number: int, columns: int) -> Tensor:
-            made = torch.randn(rows, number, columns, width, device=setup.device, dtype=setup.dtype)
-            return made.requires_grad_()
-
-        row = [random(1, n, documents * length) for n in (heads, kv_heads, kv_heads)]
-        batch = [random(documents, n, length) for n in (heads, kv_heads, kv_heads)]
-        ways: dict[str, Callable[[], Tensor]] = {
-            "packed": lambda row=row, given=given: packed_attention(torch.nn.Module(), *row, None, **given)[0]
-        }
-        for name, backend in backends(setup).items():
-            ways[name] = lambda batch=batch, backend=backend: causal(batch, backend)
-        needed = 3 * 2 * heads * width * documents * length**2
-        for name, way in ways.items():
-            cost = timed(setup, lambda way=way: way().sum().backward())
-            found[f"{name}, {documents} x {length}"] = cost | {
-                "ratio_to_floor": needed / setup.floor / (cost["ms"] / 1000)
-            }
-    return found
-
-
-def backends(setup: Setup) -> dict[str, Any]:
-    """SDPA's kernels for a dense causal batch."""
-    from torch.nn.attention import SDPBackend
-
-    if setup.device == "cpu":
-        return {"SDPA": None}
-    return {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
-
-
-def causal(batch: Sequence[Tensor], backend: Any) -> Tensor:
-    """Causal attention by one kernel."""
-    from torch.nn.attention import sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    with nullcontext() if backend is None else sdpa_kernel([backend]):
-        return scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
-
-
-def head(setup: Setup) -> dict[str, Any]:
-    """Forward and backward of the vocabulary projection: this project's, and logits with cross-entropy."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lit_align.models.head import head_stats
-
-    config = {**setup.config("Qwen3-0.6B"), "num_hidden_layers": 1}
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **values)
-    model = AutoModelForCausalLM.from_config(made, dtype=setup.dtype).to(setup.device)
-    weight, found = model.get_output_embeddings().weight, {}
-    for rows in map(setup.size, (2048, 8192)):
-        hidden = torch.randn(rows, config["hidden_size"], device=setup.device, dtype=setup.dtype).requires_grad_()
-        targets = torch.randint(0, config["vocab_size"], (rows,), device=setup.device)
-        ways = {
-            "ours": lambda h=hidden, t=targets: head_stats(model, h, t).logps.sum(),
-            "plain": lambda h=hidden, t=targets: torch.nn.functional.cross_entropy(
-                torch.nn.functional.linear(h, weight).float(), t, reduction="sum"
-            ),
-        }
-        needed = 3 * flops.head(flops.Shape.of(config), rows)
-        for name, way in ways.items():
-            cost = timed(setup, lambda way=way: way().backward())
-            found[f"{name}, {rows} rows"] = cost | {"ratio_to_floor": needed / setup.floor / (cost["ms"] / 1000)}
-    return found
-
-
-def decode(setup: Setup) -> dict[str, Any]:
-    """Answers of a forced length: this project's sampling, and `generate`."""
-    from transformers import GenerationConfig
-
-    from benchmarks.ours_ppo import NEVER, sampler
-    from lit_align.models.load import load_causal_lm
-    from lit_align.rollout.sampling import Sampling
-
-    model, found = load_causal_lm(setup.source("Qwen3-0.6B")).to(setup.device), {}
-    prompt, length = setup.size(256), setup.size(256)
-    for batch in (2,) if setup.tiny else (64, 256):
-        ids = torch.randint(2, model.config.vocab_size, (batch, prompt), device=setup.device)
-        forced = GenerationConfig(max_new_tokens=length, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
-        settings = Sampling(max_new_tokens=length, batch_size=batch)
-        ways = {
-            "ours": lambda ids=ids, settings=settings: sampler()(model, list(ids), [NEVER], settings),
-            "generate": lambda ids=ids, forced=forced: model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=forced
-            ),
-        }
-        for name, way in ways.items():
-            cost = timed(setup, way, repeats=3, warmup=1)
-            found[f"{name}, {batch} answers"] = cost | {"tokens_per_second": 1000 * batch * length / cost["ms"]}
     return found
 
 

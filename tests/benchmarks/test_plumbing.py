@@ -8,6 +8,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.compare import settings_of
 from benchmarks.flops import Shape, trunk
+from benchmarks.gpu_setup import CONFIGS
 from benchmarks.growth import TINY, answers, documents, step_seconds
 from benchmarks.meter import Meter, memory, reset_high_water
 from benchmarks.prepare import as_dict, as_example, layers_in, made_up
@@ -51,13 +52,13 @@ def test_cases_keep_the_shared_settings_but_for_their_own():
 
 
 def test_adapters_cost_two_passes_of_three():
-    config = {**gpu.CONFIGS["Llama-3.1-8B"]}
+    config = {**CONFIGS["Llama-3.1-8B"]}
     full = gpu.Training("sft", "Llama-3.1-8B", 0, (4096,), 1)
     lora = gpu.Training("sft", "Llama-3.1-8B", 0, (4096,), 1, lora=True)
     assert gpu.needed_flops(config, lora, 0, [4096]) / gpu.needed_flops(config, full, 0, [4096]) == pytest.approx(2 / 3)
     # 48.3 GFLOP per token for a full step of the 8B model at 4096 tokens is the field's count.
     assert gpu.needed_flops(config, full, 0, [4096]) / 4096 == pytest.approx(48.3e9, rel=0.01)
-    assert trunk(Shape.of(gpu.CONFIGS["Qwen3-0.6B"]), 0, [1]) > 0
+    assert trunk(Shape.of(CONFIGS["Qwen3-0.6B"]), 0, [1]) > 0
 
 
 @pytest.mark.parametrize("part", ["attention", "head", "decode"])
