@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -148,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; `--device cpu --tiny` tries the plumbing")
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rate = matrix_rate(256 if options.tiny else 8192, device=options.device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -108,7 +109,7 @@ def time_curves(smoke: bool) -> list[dict[str, Any]]:
         against(
             "seconds of a step",
             f"documents of {size} tokens",
-            (4, 8, 16, 32),
+            (8, 16, 32, 64),
             lambda n: document(n, size, config),
             lambda n: n * needed(config, 0, [size], size - 1),
         ),
@@ -197,6 +198,7 @@ def main() -> int:
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.head:
         print(measure_head(*options.head))
         return 0
