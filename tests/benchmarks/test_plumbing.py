@@ -1,0 +1,84 @@
+"""What cannot be measured everywhere still has to run: tiny sizes, on a CPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.compare import settings_of
+from benchmarks.flops import Shape, trunk
+from benchmarks.gpu_setup import CONFIGS
+from benchmarks.growth import TINY, answers, documents, step_seconds
+from benchmarks.meter import Meter, memory, reset_high_water
+from benchmarks.prepare import as_dict, as_example, layers_in, made_up
+from benchmarks.settings import CASES, Settings
+from benchmarks.tokens import unique_tokens
+
+
+def test_a_step_of_random_documents_is_timed():
+    assert documents(2, 8, 64)[0].trained_weight == 7  # nothing stands before the first token
+    assert answers(3, 8, 4, 64)[0].trained_weight == 12
+    assert step_seconds({**TINY, "vocab_size": 64}, answers(3, 8, 4, 64), steps=1) > 0
+
+
+def test_the_high_water_mark_starts_again_and_sees_what_was_freed():
+    meter = Meter()
+    meter.loaded(torch.nn.Linear(2, 2))
+    block = torch.ones(2**24)  # 64 MiB
+    del block
+    assert 50 * 2**20 < memory("VmHWM") - meter.baseline < 120 * 2**20
+    reset_high_water()
+    assert memory("VmHWM") - meter.baseline < 50 * 2**20
+
+
+@pytest.mark.parametrize("name", ["dpo-0.4", "dpo-2", "dpo-4"])
+def test_made_up_pairs_have_the_ratio_and_fit(name, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({"vocab_size": 1000, "num_hidden_layers": 3}))
+    assert layers_in(tmp_path / "policy") == 3 and layers_in(tmp_path) is None
+    rows = made_up(CASES[name], Settings(), tmp_path, steps=8)
+    assert len(rows) == 8 * Settings.batch_size
+    assert all(len(row["prompt"]) + max(map(len, row["branches"])) <= Settings.max_length for row in rows)
+    prompts, branches = (sum(len(row["prompt"]) for row in rows), sum(len(b) for row in rows for b in row["branches"]))
+    assert prompts / (branches / 2) == pytest.approx(CASES[name].ratio, rel=0.06)
+    assert as_dict(as_example(rows[0])) == rows[0] and unique_tokens(rows[0]) == len(as_example(rows[0]))
+
+
+def test_cases_keep_the_shared_settings_but_for_their_own():
+    assert settings_of(CASES["sft"], Settings()) == Settings()
+    assert settings_of(CASES["sft-30"], Settings()).layers == 30
+    assert settings_of(CASES["sft-30"], Settings(layers=1)).layers == 1
+    assert settings_of(CASES["ppo"], Settings(steps=9)).steps == 3
+
+
+def test_adapters_cost_two_passes_of_three():
+    config = {**CONFIGS["Llama-3.1-8B"]}
+    full = gpu.Training("sft", "Llama-3.1-8B", 0, (4096,), 1)
+    lora = gpu.Training("sft", "Llama-3.1-8B", 0, (4096,), 1, lora=True)
+    assert gpu.needed_flops(config, lora, 0, [4096]) / gpu.needed_flops(config, full, 0, [4096]) == pytest.approx(2 / 3)
+    # 48.3 GFLOP per token for a full step of the 8B model at 4096 tokens is the field's count.
+    assert gpu.needed_flops(config, full, 0, [4096]) / 4096 == pytest.approx(48.3e9, rel=0.01)
+    assert trunk(Shape.of(CONFIGS["Qwen3-0.6B"]), 0, [1]) > 0
+
+
+@pytest.mark.parametrize("part", ["attention", "head", "decode"])
+def test_parts_run_on_a_cpu(part, tmp_path):
+    file = tmp_path / "out.json"
+    assert gpu.main([part, "--device", "cpu", "--tiny", "--results", str(file)]) == 0
+    assert all(cost["ms"] > 0 for cost in json.loads(file.read_text())[part].values())
+
+
+@pytest.mark.slow
+def test_training_runs_on_a_cpu(tmp_path):
+    file = tmp_path / "out.json"
+    assert gpu.main(["train", "--device", "cpu", "--tiny", "--results", str(file)]) == 0
+    found = json.loads(file.read_text())["train"]
+    assert len(found) == len(gpu.TRAININGS) and all(one["tokens_per_second"] > 0 for one in found.values())
+
+
+def test_a_gpu_is_asked_for_in_words():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main([])
