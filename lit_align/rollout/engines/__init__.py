@@ -1,0 +1,7 @@
+"""What samples the answers of a rollout: small objects, chosen by class path."""
+
+from lit_align.rollout.engines.base import Engine
+from lit_align.rollout.engines.decode import Decode
+from lit_align.rollout.engines.generate import Generate
+
+__all__ = ["Decode", "Engine", "Generate"]
