@@ -148,7 +148,7 @@ class Decoding:
         if new:
             prompts = self._prefill(list(dict.fromkeys(a // self.n for a in new)))
             self._begin(prompts, new)
-            self.left = prompts.only(-1) if self.queue and self.queue[0] // self.n == prompts.numbers[-1] else None
+            self.left = prompts.last() if self.queue and self.queue[0] // self.n == prompts.numbers[-1] else None
 
     def _prefill(self, numbers: list[int]) -> Prefilled:
         """Lets the model see prompts."""

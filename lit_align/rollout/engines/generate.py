@@ -77,11 +77,12 @@ class DrawnTokens(LogitsProcessor):
 def plain_generation(model: nn.Module, stop_ids: list[int], sampling: Sampling, **options: object) -> GenerationConfig:
     """Settings under which `generate` shapes the distribution in no way, whatever the model's own settings say.
 
-    What is left out here `generate` would take from the model's own settings.
+    What is left out here `generate` would take from the model's own settings. top-k is off: where nothing is sampled it
+    is not looked at, else `options` say so.
     """
     settings = {name: value for name, value in GenerationConfig._get_default_generation_params().items()
                 if value is not None and name != "max_length"}  # fmt: skip
-    settings |= {"top_k": 0, "max_new_tokens": sampling.max_new_tokens, "cache_implementation": "dynamic"}
+    settings |= {"max_new_tokens": sampling.max_new_tokens, "cache_implementation": "dynamic"}
     # -1 is no token: an empty list would be taken for "as the model says".
     settings |= {"eos_token_id": stop_ids or [model.config.get_text_config().vocab_size], "pad_token_id": 0}
     return GenerationConfig(**settings | options)

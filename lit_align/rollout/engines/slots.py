@@ -92,12 +92,12 @@ class Prefilled:
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
         self.sizes, self.logits, self.numbers = sizes, logits, numbers
 
-    def only(self, place: int) -> Prefilled:
-        """One of the prompts alone."""
-        one, size = slice(place, place + 1), self.sizes[place]
+    def last(self) -> Prefilled:
+        """The last of the prompts alone."""
+        one, size = slice(-1, None), self.sizes[-1]
         kept = Prefilled.__new__(Prefilled)
         kept.layers = [(keys[one, :, -size:].clone(), values[one, :, -size:].clone()) for keys, values in self.layers]
-        kept.sizes, kept.logits, kept.numbers = [size], self.logits[one].clone(), [self.numbers[place]]
+        kept.sizes, kept.logits, kept.numbers = [size], self.logits[one].clone(), self.numbers[-1:]
         return kept
 
 
