@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_align.batch import Example, PlannedLoader, PromptBatch
@@ -72,6 +73,12 @@ class RolloutStage(ReferencedStage):
         if stage == "fit":
             self.rollout_seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % 2**63
             self.trainer.datamodule.collector = self._rollout_loader
+            if not self.engine.uses_noise:
+                rank_zero_warn(
+                    f"engine {type(self.engine).__name__}: an answer depends on those that are sampled beside it, so a "
+                    "resumed run, or one with other ranks, samples others than one run to its end; "
+                    "`engine: Decode` does not"
+                )
 
     def collect(self, prompts: PromptBatch, number: int) -> list[Example]:
         """One rollout: samples answers to this rank's prompts, and makes all ranks' answers examples of the update.
