@@ -198,8 +198,14 @@ def test_continuous_batching_says_when_answers_are_lost(tiny_model, monkeypatch)
     monkeypatch.setattr(model, "generate_batch", lambda *args, **options: {"a": lost})
     with pytest.raises(RuntimeError, match="0 of 21 answers; the first error: out of pages"):
         ContinuousBatching()(model, prompts, n, stops, Sampling(14), noise)
-    with pytest.raises(ValueError, match="temperature"):
-        ContinuousBatching()(model, prompts, n, stops, Sampling(14, 0.0), noise)
+
+
+@pytest.mark.parametrize("engine", [Decode(), ContinuousBatching(page_size=16)], ids=repr)
+def test_greedy_answers_are_those_of_generate(engine, tiny_model):
+    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+    got = engine(model, prompts, n, stops, Sampling(14, 0.0), noise)
+    assert ids(got) == ids(Generate()(model, prompts, n, stops, Sampling(14, 0.0), noise))
+    assert not any(answer.logps.any() for group in got for answer in group)
 
 
 class FakeVLLM:

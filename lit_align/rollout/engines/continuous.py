@@ -27,9 +27,9 @@ class ContinuousBatching(Engine):
     """Samples with `generate_batch` on the training weights.
 
     It draws by itself: the uniform numbers only seed it, so a rollout can be repeated as a whole on the same machine,
-    and an answer depends on all others, on `batch_size` and on the number of ranks. It needs temperature > 0, whole
-    weights (sharded ones end answers early, and only a log says so), and attention that it can page: `packed` is
-    exchanged for `sdpa` meanwhile. Logits are the model's own.
+    and an answer depends on all others, on `batch_size` and on the number of ranks. It needs whole weights (sharded
+    ones end answers early, and only a log says so), and attention that it can page: `packed` is exchanged for `sdpa`
+    meanwhile. Logits are the model's own.
 
     Attributes:
         page_size: Tokens of a page of the cache, at least 4; the cache holds `sampling.batch_size` answers.
@@ -51,21 +51,21 @@ class ContinuousBatching(Engine):
         """See `Engine`; of `noise` the first number is the seed.
 
         Raises:
-            ValueError: The temperature is 0.
             RuntimeError: transformers lost answers.
         """
-        if sampling.temperature == 0:
-            raise ValueError("engine ContinuousBatching samples, it needs temperature > 0; set `engine: Decode`")
-        network = base_model(model)
+        network, greedy = base_model(model), sampling.temperature == 0
         drawing = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
-        config = plain_generation(network, stop_ids, sampling, num_return_sequences=num_answers, **drawing)
+        drawing = {} if greedy else drawing | {"num_return_sequences": num_answers}
+        config = plain_generation(network, stop_ids, sampling, **drawing)
         settings = self._settings(prompt_ids, len(noise), sampling, seed=int(float(noise[0, 0]) * 2**31))
         # It seeds the global generator.
         with _pageable(network), torch.random.fork_rng(devices=_devices(prompt_ids[0].device)):
             outputs = network.generate_batch([ids.tolist() for ids in prompt_ids], config, settings, warmup=False)
-        _check(outputs, len(noise))
-        rows = outputs.values()
-        return [as_answer(o.generated_tokens, o.logprobs, stop_ids, sampling.max_new_tokens) for o in rows]
+        _check(outputs, len(prompt_ids) if greedy else len(noise))
+        rows = [o for o in outputs.values() for _ in range(num_answers if greedy else 1)]
+        limit = sampling.max_new_tokens
+        logps = [[0.0] * len(o.generated_tokens) if greedy else o.logprobs for o in rows]
+        return [as_answer(o.generated_tokens, p, stop_ids, limit) for o, p in zip(rows, logps, strict=True)]
 
     def _settings(
         self, prompt_ids: list[Tensor], count: int, sampling: Sampling, seed: int

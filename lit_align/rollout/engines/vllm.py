@@ -63,7 +63,7 @@ class VLLM(Engine):
         settings = [vllm.SamplingParams(**_settings(stop_ids, sampling, float(row[0]))) for row in noise]
         outputs = [request.outputs[0] for request in llm.generate(asked, settings, use_tqdm=False)]
         limit = sampling.max_new_tokens
-        return [as_answer(list(o.token_ids), _logps(o.token_ids, o.logprobs), stop_ids, limit) for o in outputs]
+        return [as_answer(list(o.token_ids), _logps(o, sampling), stop_ids, limit) for o in outputs]
 
     def _engine(self, vllm: Any, model: nn.Module) -> Any:
         """VLLM's copy of the network, built once from its configuration alone; the weights come later."""
@@ -105,8 +105,10 @@ def _settings(stop_ids: Sequence[int], sampling: Sampling, uniform: float) -> di
     }
 
 
-def _logps(token_ids: Sequence[int], logprobs: Sequence[dict[int, Any]]) -> list[float]:
-    return [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]
+def _logps(output: Any, sampling: Sampling) -> list[float]:
+    if sampling.temperature == 0:
+        return [0.0] * len(output.token_ids)
+    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
 
 
 def _vllm() -> Any:
