@@ -25,7 +25,8 @@ class Trajectory:
         prompt_ids: int64 [P].
         answers: The n sampled answers.
         scores: Reward of each answer as a whole, float32 [n].
-        logps: log pi_old of each answer's tokens, in nats; n tensors, float32 [R_i].
+        logps: log pi_old of each answer's tokens, in nats; n tensors, float32 [R_i]. The answers' own `logps` where
+            it was not computed anew.
         reference_logps: log pi_ref of the same tokens.
         values: Critic's value before each token; zeros without a critic.
     """
@@ -50,6 +51,7 @@ class Rollout(NamedTuple):
         response_mask: True = token sampled by the policy, bool [S, R].
         finished: True = the answer ended with a stop token, bool [S].
         num_answers: Answers per prompt.
+        sampled_logps: What the engine said of the same tokens, float32 [S, R].
     """
 
     scores: Tensor
@@ -59,6 +61,7 @@ class Rollout(NamedTuple):
     response_mask: Tensor
     finished: Tensor
     num_answers: int
+    sampled_logps: Tensor
 
     @property
     def kl(self) -> Tensor:
@@ -86,6 +89,7 @@ def as_rollout(trajectories: Sequence[Trajectory]) -> Rollout:
         response_mask=_rectangle(ones),
         finished=torch.tensor([a.finished for a in answers]),
         num_answers=len(trajectories[0].answers),
+        sampled_logps=_rectangle([a.logps for a in answers]),
     )
 
 
@@ -98,13 +102,17 @@ def from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
     return sorted(trajectories, key=lambda t: t.index)
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float, returns: Tensor | None = None) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, kl_coef: float, returns: Tensor | None = None, recomputed: bool = True
+) -> dict[str, float]:
     """What is logged of a rollout, under the names that PPO users know; KL and entropy in nats per answer.
 
     Args:
         rollout: All of it.
         kl_coef: Weight of the KL in the reward; 0 where it is not part of it.
         returns: What the critic was to predict, float32 [S, R]; None without a critic.
+        recomputed: Whether `rollout.logps` come from a forward of their own: then their distance from what the engine
+            said is logged, in nats per token. It is rounding, or else sampling and training differ.
     """
     kl, scores = rollout.kl.mean(), rollout.scores.mean()
     finished = rollout.finished.float()
@@ -122,13 +130,28 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, returns: Tensor | None = N
     }
     if returns is not None:
         metrics["val/explained_variance"] = explained_variance(rollout.values, returns, rollout.response_mask)
+    if recomputed:
+        difference = (rollout.logps - rollout.sampled_logps).abs()[rollout.response_mask]
+        metrics |= {"rollout/logps_diff": difference.mean(), "rollout/logps_diff_max": difference.max()}
     return {name: float(value) for name, value in metrics.items()}
 
 
+def rollout_counts(prompt_ids: Sequence[Tensor], answers: Sequence[Sequence[Answer]]) -> dict[str, int]:
+    """Work of sampling: prompts and their tokens, each seen once, answers and their tokens."""
+    sizes = [len(answer.input_ids) for group in answers for answer in group]
+    prompt_tokens = sum(len(ids) for ids in prompt_ids)
+    return {
+        "prompts": len(prompt_ids),
+        "prompt_tokens": prompt_tokens,
+        "answers": len(sizes),
+        "sampled_tokens": sum(sizes),
+    }
+
+
 def with_tokens(trajectories: Sequence[Trajectory], rollout: Rollout, **numbers: Tensor) -> list[Example]:
-    """The examples of the update: each scored token carries its old log-prob, value, and the given [S, R] numbers."""
+    """The examples of the update: each scored token carries its old value, reference log-prob, the given [S, R]."""
     examples = as_examples([t.prompt_ids for t in trajectories], [t.answers for t in trajectories])
-    numbers |= {"old_logps": rollout.logps, "reference_logps": rollout.reference_logps, "old_values": rollout.values}
+    numbers |= {"reference_logps": rollout.reference_logps, "old_values": rollout.values}
     done, row = [], 0
     for example in examples:
         branches = []

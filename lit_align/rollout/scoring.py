@@ -11,6 +11,8 @@ from lit_align.batch import Example, LayOut, MicroBatch, StepTotals, pack
 from lit_align.models import scalar_at_ends, scalar_at_sources, sequence_lengths, token_logps
 from lit_align.models.modes import evaluating
 
+SCORED_TOKENS = 8192
+"""Unique tokens that are scored side by side, unless a stage says otherwise."""
 _TOTALS = StepTotals(1.0, 1.0)
 
 
@@ -29,12 +31,20 @@ def check_vocabulary(policy: nn.Module, reward_model: nn.Module) -> None:
 
 
 def micro_batches(
-    examples: Sequence[Example], batch_size: int, device: torch.device, lay_out: LayOut = pack
+    examples: Sequence[Example], max_tokens: int, device: torch.device, lay_out: LayOut = pack
 ) -> Iterator[MicroBatch]:
-    """The examples in their order, `batch_size` at a time, laid out, on the device."""
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        yield lay_out(chunk, range(start, start + len(chunk)), _TOTALS).to(device)
+    """The examples in their order, as many at a time as `max_tokens` unique tokens hold, laid out, on the device.
+
+    One example alone may hold more. A padded layout has more positions than unique tokens.
+    """
+    start, tokens = 0, 0
+    for stop, example in enumerate(examples):
+        if stop > start and tokens + len(example) > max_tokens:
+            yield lay_out(examples[start:stop], range(start, stop), _TOTALS).to(device)
+            start, tokens = stop, 0
+        tokens += len(example)
+    if start < len(examples):
+        yield lay_out(examples[start:], range(start, len(examples)), _TOTALS).to(device)
 
 
 def answer_logps(model: nn.Module, batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:

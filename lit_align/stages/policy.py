@@ -16,9 +16,10 @@ from lit_align.models.logits import check_head
 from lit_align.models.modes import has_adapters
 from lit_align.models.reference import reference_mode
 from lit_align.models.source import ModelSource
+from lit_align.rollout.engines import Decode, Engine
 from lit_align.rollout.experience import as_examples
-from lit_align.rollout.sampling import Answer, Sampling, sample
-from lit_align.rollout.scoring import answer_logps, micro_batches
+from lit_align.rollout.sampling import Answer, Sampling
+from lit_align.rollout.scoring import SCORED_TOKENS, answer_logps, micro_batches
 from lit_align.stages.stage import SchedulerCallable, Stage
 
 
@@ -42,6 +43,7 @@ class PolicyStage(Stage):
         self.policy_source = policy.validate("policy")
         self.policy = None
         self.sampling = Sampling()
+        self.engine: Engine = Decode()
 
     def sources(self) -> dict[str, ModelSource]:
         """The policy's source."""
@@ -66,12 +68,20 @@ class PolicyStage(Stage):
         named = named if isinstance(named, list) else [named]
         return sorted({i for i in (*named, self.tokenizer.eos_token_id) if i is not None})
 
-    def answer(
-        self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None, noise: Tensor | None = None
-    ) -> list[Answer]:
-        """Samples one answer for each prompt from the policy as it is; see `sample` for `noise`."""
+    def answers(
+        self,
+        prompt_ids: Sequence[Tensor],
+        num_answers: int,
+        sampling: Sampling | None = None,
+        noise: Tensor | None = None,
+    ) -> list[tuple[Answer, ...]]:
+        """Samples answers to each prompt from the policy as it is; see `Engine`. No other place calls an engine."""
         prompts = [ids.to(self.device) for ids in prompt_ids]
-        return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling, noise)
+        return self.engine(self.policy, prompts, num_answers, self.stop_ids, sampling or self.sampling, noise)
+
+    def answer(self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None) -> list[Answer]:
+        """Samples one answer to each prompt."""
+        return [answer for (answer,) in self.answers(prompt_ids, 1, sampling)]
 
     def generate_answers(self, batch: PromptBatch, sampling: Sampling | None = None) -> list[str]:
         """The answers' text, without special tokens."""
@@ -112,9 +122,8 @@ class ReferencedStage(PolicyStage):
         """
         if not self.has_reference or (self.reference is None and not has_adapters(self.policy)):
             return None
-        answers = [(answer,) for answer in self.answer(batch.prompt_ids, sampling)]
-        examples = as_examples(batch.prompt_ids, answers)
-        packed = list(micro_batches(examples, sampling.batch_size, self.device, self.lay_out))
+        examples = as_examples(batch.prompt_ids, self.answers(batch.prompt_ids, 1, sampling))
+        packed = list(micro_batches(examples, SCORED_TOKENS, self.device, self.lay_out))
         logps = answer_logps(self.policy, packed, sampling.temperature)
         with reference_policy(self.policy, self.reference) as reference:
             reference_logps = answer_logps(reference, packed, sampling.temperature)

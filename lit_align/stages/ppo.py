@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_align.batch import Example, MicroBatch, PlannedLoader, PromptBatch
+from lit_align.batch import MicroBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
 from lit_align.models import TokenStats, scalar_at_sources, token_loss
 from lit_align.models.checkpoint import ENTRY
@@ -20,33 +20,25 @@ from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import freeze, make_reference
 from lit_align.models.source import ModelSource
+from lit_align.rollout.engines import Decode, Engine
 from lit_align.rollout.estimators import GAE, AdvantageEstimator
-from lit_align.rollout.experience import (
-    Trajectory,
-    as_examples,
-    as_rollout,
-    from_all_ranks,
-    rollout_metrics,
-    with_tokens,
-)
-from lit_align.rollout.loader import RolloutLoader
 from lit_align.rollout.moments import RunningMoments
-from lit_align.rollout.rewards import RewardFunction, answer_scores
-from lit_align.rollout.sampling import Sampling, answer_noise
-from lit_align.rollout.scoring import answer_logps, answer_values, check_vocabulary, micro_batches
+from lit_align.rollout.rewards import RewardFunction
+from lit_align.rollout.sampling import Sampling
+from lit_align.rollout.scoring import check_vocabulary
 from lit_align.stages.optim import WarmupCosine
-from lit_align.stages.policy import ReferencedStage, reference_policy
 from lit_align.stages.ppo_settings import PPOSettings
+from lit_align.stages.rollout import RolloutStage
 from lit_align.stages.stage import SchedulerCallable
 
 
-class LitPPO(ReferencedStage):
+class LitPPO(RolloutStage):
     """Trains a policy on rewards of the answers that it samples, close to a frozen reference.
 
     Loss of a token: clipped policy loss (arXiv:1707.06347, eq. 7) + value_coef * clipped value loss, divided by the
     sampled tokens of the optimizer step. The reward of an answer (reward model and callables) stands on its last
-    token, -kl_coef * (log pi_old - log pi_ref) on each. Old log-probabilities are computed by the training forward,
-    so the first ratio is 1. Dropout is off. One epoch of the trainer is one rollout.
+    token, -kl_coef * (log pi_old - log pi_ref) on each. Where old log-probabilities come from, `ppo.old_logps` says; by
+    default the first ratio is 1. Dropout is off. One epoch of the trainer is one rollout.
 
     Args:
         policy: Where the language model comes from.
@@ -57,6 +49,7 @@ class LitPPO(ReferencedStage):
         estimator: How advantages are estimated, by class path: GAE (with a critic), RLOO, GRPO.
         ppo: The numbers of the algorithm.
         sampling: How answers are sampled.
+        engine: What samples them, by class path: Decode, Generate, ContinuousBatching, VLLM.
         optimizer: Built from the trainable parameters: the policy's group, then the critic's.
         critic_lr: Peak learning rate of the critic; None = the optimizer's.
         lr_scheduler: Built from the optimizer and the number of steps of the run.
@@ -91,6 +84,7 @@ class LitPPO(ReferencedStage):
         estimator: AdvantageEstimator = GAE(),  # noqa: B008 (frozen)
         ppo: PPOSettings = PPOSettings(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        engine: Engine = Decode(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0, fused=True),
         critic_lr: float | None = None,
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
@@ -104,9 +98,8 @@ class LitPPO(ReferencedStage):
         self.reward_model_source, self.reward_functions = reward_model, tuple(reward_functions)
         self.critic_source, self.reference_source = critic or reward_model or policy, reference
         self.estimator, self.ppo, self.sampling, self.critic_lr = estimator, ppo, sampling, critic_lr
+        self.engine = engine
         self.kl, self.reward_moments = ppo.kl_controller(), RunningMoments()
-        self.reward_model = self.critic = None
-        self.rollout_seed, self.rollout_metrics = 0, dict[str, float]()
 
     def sources(self) -> dict[str, ModelSource]:
         """Policy's and critic's."""
@@ -125,12 +118,6 @@ class LitPPO(ReferencedStage):
         if self.reward_model_source is not None:
             self.reward_model = freeze(load_scalar_model(self.reward_model_source.frozen(), "reward_model"))
             check_vocabulary(self.policy, self.reward_model)
-
-    def setup(self, stage: str) -> None:
-        """Makes the prompts' data module yield experience instead of prompts."""
-        if stage == "fit":
-            self.rollout_seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % 2**63
-            self.trainer.datamodule.collector = self._rollout_loader
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy's group, then the critic's."""
@@ -153,7 +140,7 @@ class LitPPO(ReferencedStage):
 
     def _policy_loss(self, stats: TokenStats, part: MicroBatch) -> Tensor:
         """Clipped loss, entropy bonus and KL penalty, summed over a part of the micro-batch's tokens."""
-        old_logps = part.tokens["old_logps"]
+        old_logps = part.tokens.get("old_logps", stats.logps.detach())  # absent: this step's own are the old ones
         policy = clipped_policy_loss(
             stats.logps,
             old_logps,
@@ -186,78 +173,6 @@ class LitPPO(ReferencedStage):
         self.record(**{"loss/value_avg": _sum(value.loss), "val/clipfrac_avg": _sum(value.clipped.float())})
         return value.loss.sum()
 
-    # -- the rollout
-
-    def collect(self, prompts: PromptBatch, number: int) -> list[Example]:
-        """One rollout: samples answers to this rank's prompts, and makes all ranks' answers examples of the update.
-
-        What is sampled depends on the seed, the number of the rollout and the prompt, not on the rank.
-
-        Args:
-            prompts: This rank's share of the rollout's prompts.
-            number: Of the rollout, from 1.
-
-        Returns:
-            The examples of the whole rollout, the same on every rank, each token with its old log-probability,
-            reference log-probability, old value, advantage and return.
-        """
-        # The loader is iterated outside Lightning's autocast; old log-probabilities must be those of the update.
-        with self.trainer.precision_plugin.forward_context():
-            trajectories = from_all_ranks(self._trajectories(prompts, number))
-        rollout = as_rollout(trajectories)
-        scores = self.reward_moments.scaled(rollout.scores) if self.ppo.scale_rewards else rollout.scores
-        advantages, returns = self.estimator(rollout._replace(scores=scores), self.kl.coef)
-        coef = self.kl.coef if self.estimator.uses_kl_coef else 0.0
-        self.rollout_metrics = rollout_metrics(rollout, coef, returns if self.estimator.needs_critic else None)
-        self.kl.update(float(rollout.kl.mean()), len(rollout.scores))
-        return with_tokens(trajectories, rollout, advantages=advantages, returns=returns)
-
-    def _trajectories(self, batch: PromptBatch, number: int) -> list[Trajectory]:
-        prompts, indices, n = list(batch.prompt_ids), batch.indices.tolist(), self.ppo.num_answers
-        if not prompts:
-            return []
-        asked = zip(indices, batch.repeats or [0] * len(indices), strict=True)
-        keys = [(self.rollout_seed, number, *prompt, answer) for prompt in asked for answer in range(n)]
-        noise = answer_noise(keys, self.sampling.max_new_tokens)
-        flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
-        answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]
-        packed = list(
-            micro_batches(as_examples(prompts, answers), self.ppo.scoring_batch_size, self.device, self.lay_out)
-        )
-        scores = answer_scores(
-            self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
-        )
-        scores = self.ppo.final_scores(scores, [answer.finished for answer in flat]).split(n)
-        logps = _split(answer_logps(self.policy, packed, self.sampling.temperature), n)
-        with reference_policy(self.policy, self.reference) as reference:
-            reference_logps = _split(answer_logps(reference, packed, self.sampling.temperature), n)
-        values = [tuple(torch.zeros_like(row) for row in group) for group in logps]
-        if self.critic is not None:
-            values = _split(answer_values(self.critic, packed), n)
-        rows = zip(indices, prompts, answers, scores, logps, reference_logps, values, strict=True)
-        return [Trajectory(i, ids.cpu(), *numbers) for i, ids, *numbers in rows]
-
-    def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds the rollout's figures to those of its updates."""
-        return means | self.rollout_metrics if self.trainer.training else means
-
-    # -- validation
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
-        if len(batch) == 0:  # this rank has no share of the last, smaller batch
-            return
-        rollout = as_rollout(self._trajectories(batch, number=0))
-        count = len(rollout.scores)
-        self.record(
-            reward=(rollout.scores.sum(), count),
-            kl=(rollout.kl.sum(), count),
-            finished=(rollout.finished.float().sum(), count),
-            length=(rollout.response_mask.float().sum(), count),
-        )
-
-    test_step = validation_step
-
     # -- state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -277,21 +192,6 @@ class LitPPO(ReferencedStage):
         self.kl.coef, self.rollout_seed = state["kl_coef"], state["rollout_seed"]
         self.reward_moments, self.rollout_metrics = RunningMoments(**state["reward_moments"]), state["rollout_metrics"]
 
-    def _rollout_loader(self, prompts: PlannedLoader) -> RolloutLoader:
-        return RolloutLoader(
-            prompts,
-            self.collect,
-            ppo_epochs=self.ppo.ppo_epochs,
-            num_minibatches=self.ppo.num_minibatches,
-            micro_batches=self.trainer.accumulate_grad_batches,
-            seed=prompts.seed,
-            lay_out=self.lay_out,
-        )
-
 
 def _sum(values: Tensor) -> tuple[Tensor, int]:
     return values.sum(), len(values)
-
-
-def _split(rows: list[Tensor], n: int) -> list[tuple[Tensor, ...]]:
-    return [tuple(rows[i : i + n]) for i in range(0, len(rows), n)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_align.rollout.advantages import AdaptiveKL, FixedKL
 from lit_align.rollout.estimators import AdvantageEstimator
+from lit_align.rollout.scoring import SCORED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ class PPOSettings:
         reward_clip: Scores are clipped to [-reward_clip, reward_clip]; None = not.
         scale_rewards: Whether scores, once clipped, are divided by the running standard deviation of all scores of
             the run (arXiv:2307.04964, section 5.3.1, without its shift). What is logged is not scaled.
-        scoring_batch_size: Prompts that are scored side by side.
+        old_logps: Where the old log-probabilities, those of the ratio and of the KL in the reward, come from.
+            "recompute": from a forward of the policy as in training, once a rollout. "sampled": from the engine, as it
+            drew the tokens; saves that forward, and where the engine computes otherwise than training (vLLM, bfloat16)
+            the ratio is against the distribution that was sampled from. "auto": "recompute", but where a rollout is
+            one optimizer step (ppo_epochs = num_minibatches = 1) the update's own log-probabilities are the old ones,
+            so its ratios are exactly 1, and the KL in the reward is the engine's.
+        scoring_max_tokens: Tokens (a prompt counted once for its answers) that are scored side by side.
     """
 
     ppo_epochs: int = 4
@@ -53,7 +61,18 @@ class PPOSettings:
     missing_eos_penalty: float = 1.0
     reward_clip: float | None = 10.0
     scale_rewards: bool = False
-    scoring_batch_size: int = 16
+    old_logps: Literal["auto", "recompute", "sampled"] = "auto"
+    scoring_max_tokens: int = SCORED_TOKENS
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether a rollout is one optimizer step: its log-probabilities are the old ones then."""
+        return self.old_logps == "auto" and self.ppo_epochs == self.num_minibatches == 1
+
+    @property
+    def recomputes_logps(self) -> bool:
+        """Whether old log-probabilities come from a forward of their own."""
+        return self.old_logps == "recompute" or (self.old_logps == "auto" and not self.is_one_step)
 
     def kl_controller(self) -> AdaptiveKL | FixedKL:
         """Fixed, or adaptive if there is a target."""

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from lit_align.batch import PlannedLoader, plan
+from lit_align.batch import PlannedLoader
 
 NUMBERS = list(range(23))
 
@@ -98,7 +98,7 @@ def test_a_run_goes_on_over_the_same_steps_with_other_ranks_and_micro_batches(si
 
 
 def test_steps_in_tokens_may_differ_in_number_and_the_length_follows(monkeypatch):
-    monkeypatch.setattr(plan, "WINDOW", 6)
+    monkeypatch.setattr("lit_align.batch.plan.WINDOW", 6)
     source = loader(batch_size=None, max_tokens=40)
     lengths = []
     for _ in range(6):

@@ -42,7 +42,7 @@ class Policy(LightningModule):
     def answer(self, prompt_ids, sampling):
         torch.rand(5)
         self.samplings.append(sampling)
-        return [Answer(ids, finished=int(ids[0]) != self.cut_off) for ids in prompt_ids]
+        return [Answer(ids, int(ids[0]) != self.cut_off, torch.zeros(len(ids))) for ids in prompt_ids]
 
     def training_step(self, batch, batch_idx):
         self.drawn.append(float(torch.rand(())))

@@ -21,7 +21,7 @@ def test_functions_add_up_with_their_weights(tiny_model):
         seen.append((prompts, answers, records))
         return [float(len(answer)) for answer in answers]
 
-    answers = [Answer(torch.tensor([*tokenizer("hey").input_ids, tokenizer.eos_token_id]), True)]
+    answers = [Answer(torch.tensor([*tokenizer("hey").input_ids, tokenizer.eos_token_id]), True, torch.zeros(4))]
     prompt = torch.tensor(tokenizer("who?").input_ids)
     functions = [RewardFunction(length, weight=2.0), RewardFunction(lambda p, a, r: [1.0])]
     assert function_scores(functions, tokenizer, [prompt], answers, [{"key": 1}]).tolist() == [7.0]

@@ -1,10 +1,13 @@
-"""Sampling draws from exactly softmax(logits / temperature), and knows how each answer ended."""
+"""Whatever the engine, answers come from exactly softmax(logits / temperature), and it is known how each ended."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_align.rollout.sampling import Sampling, answer_noise, sample
+from lit_align.rollout.engines import Decode, Generate
+from lit_align.rollout.sampling import Sampling, answer_noise
+
+ENGINES = [Decode(), Decode(refill_at=0.01), Generate()]
 
 
 @pytest.fixture
@@ -12,11 +15,21 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model).train()
 
 
+@pytest.fixture(params=ENGINES, ids=repr)
+def sample(request):
+    """Samples one answer to each prompt."""
+
+    def one_each(model, asked, stop_ids, sampling, noise=None):
+        return [answer for (answer,) in request.param(model, asked, 1, stop_ids, sampling, noise)]
+
+    return one_each
+
+
 def prompts(*sizes: int) -> list[torch.Tensor]:
     return [torch.randint(0, 200, (n,)) for n in sizes]
 
 
-def test_greedy_answers_equal_those_of_generate(model):
+def test_greedy_answers_equal_those_of_generate(sample, model):
     asked = prompts(3, 9, 1)
     got = sample(model, asked, [model.config.eos_token_id], Sampling(max_new_tokens=8, temperature=0))
     for prompt, answer in zip(asked, got, strict=True):
@@ -24,7 +37,7 @@ def test_greedy_answers_equal_those_of_generate(model):
         assert answer.input_ids.tolist() == want.tolist()
 
 
-def test_a_stop_token_ends_the_answer_and_is_its_last_token(model):
+def test_a_stop_token_ends_the_answer_and_is_its_last_token(sample, model):
     asked = prompts(4) * 200
     answers = sample(model, asked, list(range(0, 260, 2)), Sampling(max_new_tokens=3))
     assert {len(a.input_ids) for a in answers} == {1, 2, 3}
@@ -35,7 +48,7 @@ def test_a_stop_token_ends_the_answer_and_is_its_last_token(model):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_first_token_follows_the_tempered_softmax(model, temperature):
+def test_the_first_token_follows_the_tempered_softmax(sample, model, temperature):
     """Chi-square over the 20 most probable tokens and the rest: 20 degrees of freedom, p = 1e-4 at 52.4."""
     (prompt,) = prompts(5)
     model.lm_head.weight.data.mul_(20)  # a random model is nearly uniform: make it peaked
@@ -50,7 +63,7 @@ def test_the_first_token_follows_the_tempered_softmax(model, temperature):
     assert float(((observed - expected).square() / expected.clamp(min=1e-9)).sum()) < 52.4
 
 
-def test_neighbours_and_batch_size_do_not_change_greedy_answers(model):
+def test_neighbours_and_batch_size_do_not_change_greedy_answers(sample, model):
     asked = prompts(2, 11, 6, 1, 3)
     options = {"max_new_tokens": 5, "temperature": 0}
     together = sample(model, asked, [], Sampling(**options))
@@ -58,7 +71,7 @@ def test_neighbours_and_batch_size_do_not_change_greedy_answers(model):
     assert [a.input_ids.tolist() for a in together] == [a.input_ids.tolist() for a in apart]
 
 
-def test_an_answer_depends_on_its_own_key_alone(model):
+def test_an_answer_depends_on_its_own_key_alone(sample, model):
     """Not on its neighbours, their order, or the number of answers that are generated side by side."""
     asked, keys = prompts(2, 11, 6, 1, 3), [(0, 1, index, 0) for index in range(5)]
     noise = answer_noise(keys, 9)
@@ -75,18 +88,17 @@ def test_every_part_of_a_key_counts(key):
     assert not torch.equal(answer_noise([key], 4), answer_noise([(0, 1, 0, 0)], 4))
 
 
-def test_a_token_of_probability_zero_is_never_drawn(model):
+def test_a_token_of_probability_zero_is_never_drawn(sample, model):
     (prompt,) = prompts(4)
-    model.lm_head.weight.data[::2] = 0
-    bias = torch.zeros(model.config.vocab_size)
-    bias[::2] = -torch.inf
-    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    head.bias.data[::2] = -torch.inf
+    model.lm_head = head
     edges = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)[:, None]
     answers = sample(model, [prompt] * 3, [], Sampling(max_new_tokens=1), edges)
     assert all(int(a.input_ids[0]) % 2 == 1 for a in answers)
 
 
-def test_sampling_leaves_the_mode_and_gradients_alone(model):
+def test_sampling_leaves_the_mode_and_gradients_alone(sample, model):
     sample(model, prompts(3), [], Sampling(max_new_tokens=2))
     assert model.training and all(p.grad is None for p in model.parameters())
 

@@ -156,7 +156,7 @@ def test_first_ratio_is_1_in_mixed_precision_too(tiny_model, prompts, make_data,
     stage = LitPPO(
         ModelSource(path=str(tiny_model)),
         reward_functions=[RewardFunction(even_tokens)],
-        ppo=PPOSettings(ppo_epochs=1, scoring_batch_size=16),
+        ppo=PPOSettings(ppo_epochs=1, old_logps="recompute"),
         sampling=Sampling(max_new_tokens=6),
         **FAST,
     )
