@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lit_align.models import base_model
-from lit_align.models.head import head_logits
+from lit_align.models.logits import head_logits
 from lit_align.rollout.draw import draw, precise
 from lit_align.rollout.engines.base import Engine, as_answer
 from lit_align.rollout.engines.graphs import Capture, GraphedStep, captured
