@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_align.models.adapters import add_adapters
 from lit_align.models.attention import PACKED
+from lit_align.models.compiling import compile_layers
 from lit_align.models.packable import is_packable
 from lit_align.models.pretrained import read_pretrained, refuse_missing
 from lit_align.models.scalar import HEAD, align_padding, install_head
@@ -77,7 +78,7 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
 
     Args:
         model: With all its weights; it is changed in place.
-        source: Whose attention, activation checkpointing and adapters it gets.
+        source: Whose attention, activation checkpointing, compilation and adapters it gets.
         kind: "causal" or "scalar".
     """
     set_attention(model, source.attention)
@@ -88,6 +89,8 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         # The second name is the one that transformers before 5.18 knows.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    if source.compile:
+        compile_layers(model)
     return (model if source.lora is None else add_adapters(model, source.lora, kind)).train()
 
 

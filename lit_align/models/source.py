@@ -49,6 +49,7 @@ class ModelSource:
         trust_remote_code: Run Python code that comes with the model. Leave it off unless you have read that code.
         lora: Train low-rank adapters on the frozen model; null trains all weights.
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
+        compile: Compile the decoder layers (`torch.compile`): about a minute at the first step.
         attention: "packed", which also serves padded batches and generation, or one of transformers' own ("sdpa",
             "eager", ...), for which packed batches are padded before the trunk, as for networks that cannot be
             packed at all (docs/architectures.md).
@@ -63,6 +64,7 @@ class ModelSource:
     trust_remote_code: bool = False
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     attention: str = "packed"
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_align.batch import LayOut, MicroBatch, PromptBatch, pack
 from lit_align.models import base_model, sequence_sums, token_logps
+from lit_align.models.compiling import uncompiled
 from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.logits import check_head
 from lit_align.models.modes import has_adapters
@@ -54,7 +55,8 @@ class PolicyStage(Stage):
         if self.policy is None:
             self.tokenizer = load_tokenizer(self.policy_source, "policy")
             self.policy = load_causal_lm(self.policy_source, "policy")
-            check_head(base_model(self.policy))
+            with uncompiled(self.policy):
+                check_head(base_model(self.policy))
 
     @property
     def lay_out(self) -> LayOut:
@@ -77,7 +79,8 @@ class PolicyStage(Stage):
     ) -> list[tuple[Answer, ...]]:
         """Samples answers to each prompt from the policy as it is; see `Engine`. No other place calls an engine."""
         prompts = [ids.to(self.device) for ids in prompt_ids]
-        return self.engine(self.policy, prompts, num_answers, self.stop_ids, sampling or self.sampling, noise)
+        with uncompiled(self.policy):
+            return self.engine(self.policy, prompts, num_answers, self.stop_ids, sampling or self.sampling, noise)
 
     def answer(self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None) -> list[Answer]:
         """Samples one answer to each prompt."""
