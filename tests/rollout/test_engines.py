@@ -5,7 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from lit_align.models.load import set_attention
 from lit_align.rollout.engines import VLLM, ContinuousBatching, Decode, Generate
@@ -20,19 +27,20 @@ STOPS = list(range(0, 40))
 """So many that answers end at ragged lengths."""
 
 
-def llama(tiny_model):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+def llama():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
     set_attention(model, "packed")
     return model
 
 
-def mistral(tiny_model):
+def mistral():
     """Sliding windows that are shorter than prompt and answer."""
     torch.manual_seed(1)
     return MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5, head_dim=8))
 
 
-def gemma(tiny_model):
+def gemma():
     """Windows in every other layer, soft-capped attention (eager) and soft-capped logits."""
     torch.manual_seed(2)
     config = Gemma2Config(**SIZES, num_key_value_heads=2, sliding_window=6, head_dim=8, final_logit_softcapping=2.0)
@@ -40,8 +48,8 @@ def gemma(tiny_model):
 
 
 @pytest.fixture(params=[llama, mistral, gemma], ids=lambda make: make.__name__)
-def model(request, tiny_model):
-    return request.param(tiny_model).train()
+def model(request):
+    return request.param().train()
 
 
 def task(num_answers=3, tokens=14):
@@ -71,8 +79,8 @@ def test_decode_answers_as_generate_does(model, rows, refill_at, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", [Decode(), Generate(), ContinuousBatching(page_size=16)], ids=repr)
-def test_log_probabilities_are_those_that_training_scores(engine, tiny_model):
-    model = llama(tiny_model)
+def test_log_probabilities_are_those_that_training_scores(engine):
+    model = llama()
     prompts, n, stops, noise = task()
     answers = engine(model, prompts, n, stops, Sampling(max_new_tokens=14, temperature=0.7), noise)
     packed = list(micro_batches(as_examples(prompts, answers), 50, torch.device("cpu")))
@@ -83,9 +91,9 @@ def test_log_probabilities_are_those_that_training_scores(engine, tiny_model):
     assert model.config._attn_implementation == "packed" and len(scored) == len(prompts) * n
 
 
-def test_work_follows_the_live_rows(tiny_model):
+def test_work_follows_the_live_rows():
     """Each prompt is seen once, and each row of each step is a token of an answer that is still being written."""
-    model = llama(tiny_model)
+    model = llama()
     prompts, n, stops, noise = task()
     for rows in (1, 5, 64):
         decoding = Decoding(Decode(refill_at=0.01), model, prompts, n, stops, Sampling(14, 1.0, rows), noise)
@@ -125,11 +133,11 @@ def test_fixed_shapes_and_late_reading_change_no_answer(model, read_every, monke
     assert replays.captured <= len({bucket(i, 5) for i in range(1, 6)}) and replays.replayed > 5
 
 
-def test_a_model_that_cannot_be_captured_is_run_as_it_is(tiny_model, caplog):
+def test_a_model_that_cannot_be_captured_is_run_as_it_is(caplog):
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    model, (prompts, n, stops, noise) = llama(tiny_model).eval(), task()
+    model, (prompts, n, stops, noise) = llama().eval(), task()
     with torch.no_grad():
         got = Decoding(Decode(), model, prompts, n, stops, Sampling(14), noise, capture=refuse).run()
     assert [a.input_ids.tolist() for a in got] == ids(Decode()(model, prompts, n, stops, Sampling(14), noise))
@@ -145,8 +153,8 @@ def test_buckets_waste_at_most_a_third():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_decode_on_a_gpu_answers_as_generate_does(tiny_model, graphs):
-    model = llama(tiny_model).cuda()
+def test_decode_on_a_gpu_answers_as_generate_does(graphs):
+    model = llama().cuda()
     prompts, n, stops, noise = task()
     prompts = [prompt.cuda() for prompt in prompts]
     sampling = Sampling(14, 1.0, 5)
@@ -156,8 +164,8 @@ def test_decode_on_a_gpu_answers_as_generate_does(tiny_model, graphs):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_decode_step_can_be_captured(tiny_model, caplog):
-    model, (prompts, n, stops, noise) = llama(tiny_model).cuda().eval(), task()
+def test_the_decode_step_can_be_captured(caplog):
+    model, (prompts, n, stops, noise) = llama().cuda().eval(), task()
     prompts = [prompt.cuda() for prompt in prompts]
     with torch.no_grad():
         Decoding(Decode(), model, prompts, n, stops, Sampling(14), noise, capture=captured).run()
@@ -181,8 +189,8 @@ def test_settings_out_of_range_are_refused(wrong):
 # -- engines that draw by themselves
 
 
-def test_continuous_batching_repeats_a_rollout_and_leaves_random_numbers_alone(tiny_model):
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+def test_continuous_batching_repeats_a_rollout_and_leaves_random_numbers_alone():
+    model, (prompts, n, stops, noise) = llama(), task()
     engine, before = ContinuousBatching(page_size=16), torch.get_rng_state()
     first = engine(model, prompts, n, stops, Sampling(14), noise)
     assert torch.equal(torch.get_rng_state(), before)
@@ -192,8 +200,8 @@ def test_continuous_batching_repeats_a_rollout_and_leaves_random_numbers_alone(t
     assert not engine.uses_noise and Decode().uses_noise and Generate().uses_noise
 
 
-def test_continuous_batching_says_when_answers_are_lost(tiny_model, monkeypatch):
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+def test_continuous_batching_says_when_answers_are_lost(monkeypatch):
+    model, (prompts, n, stops, noise) = llama(), task()
     lost = SimpleNamespace(error="out of pages", generated_tokens=[], logprobs=[])
     monkeypatch.setattr(model, "generate_batch", lambda *args, **options: {"a": lost})
     with pytest.raises(RuntimeError, match="0 of 21 answers; the first error: out of pages"):
@@ -201,8 +209,8 @@ def test_continuous_batching_says_when_answers_are_lost(tiny_model, monkeypatch)
 
 
 @pytest.mark.parametrize("engine", [Decode(), ContinuousBatching(page_size=16)], ids=repr)
-def test_greedy_answers_are_those_of_generate(engine, tiny_model):
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+def test_greedy_answers_are_those_of_generate(engine):
+    model, (prompts, n, stops, noise) = llama(), task()
     got = engine(model, prompts, n, stops, Sampling(14, 0.0), noise)
     assert ids(got) == ids(Generate()(model, prompts, n, stops, Sampling(14, 0.0), noise))
     assert not any(answer.logps.any() for group in got for answer in group)
@@ -238,10 +246,10 @@ class FakeVLLM:
         self.LLM = LLM
 
 
-def test_vllm_gets_the_live_weights_before_each_rollout(tiny_model, monkeypatch):
+def test_vllm_gets_the_live_weights_before_each_rollout(monkeypatch):
     fake = FakeVLLM()
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+    model, (prompts, n, stops, noise) = llama(), task()
     engine = VLLM(options={"enforce_eager": True})
     answers = engine(model, prompts, n, stops, Sampling(14, 0.7), noise)
     with torch.no_grad():
@@ -259,15 +267,15 @@ def test_vllm_gets_the_live_weights_before_each_rollout(tiny_model, monkeypatch)
     assert first.finished and first.input_ids.tolist()[1:] == [3] and first.logps.tolist() == [-0.5, -0.5]
 
 
-def test_vllm_that_is_not_installed_is_said_so(tiny_model, monkeypatch):
+def test_vllm_that_is_not_installed_is_said_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+    model, (prompts, n, stops, noise) = llama(), task()
     with pytest.raises(ImportError, match="pip install vllm"):
         VLLM()(model, prompts, n, stops, Sampling(14), noise)
 
 
-def test_scoring_by_tokens_gives_the_same_numbers(tiny_model):
-    model, (prompts, n, stops, noise) = llama(tiny_model), task()
+def test_scoring_by_tokens_gives_the_same_numbers():
+    model, (prompts, n, stops, noise) = llama(), task()
     answers = Decode()(model, prompts, n, stops, Sampling(14), noise)
     examples, cpu = as_examples(prompts, answers), torch.device("cpu")
     whole = answer_logps(model, list(micro_batches(examples, 10**6, cpu)), 1.0)

@@ -118,7 +118,7 @@ def _vllm() -> Any:
         import vllm
     except ImportError as error:
         raise ImportError(
-            "engine VLLM needs vLLM, which is not installed: `pip install vllm` into this environment, or set "
+            "engine VLLM needs vLLM, which is not installed: `pip install vllm` (the extra `vllm`), or set "
             "`engine: Decode`, which needs nothing"
         ) from error
     return vllm
