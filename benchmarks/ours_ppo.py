@@ -17,6 +17,7 @@ from benchmarks.prepare import data_module
 from benchmarks.settings import Case, Settings
 from benchmarks.tokens import forced_answers, iterations, load_tokens
 from lit_align import LitPPO
+from lit_align.rollout.engines import Decode
 from lit_align.rollout.estimators import GAE, Advantages
 from lit_align.rollout.experience import Rollout
 from lit_align.rollout.sampling import Answer, Sampling
@@ -36,16 +37,10 @@ class FixedLength(LitPPO):
         """None that could be sampled."""
         return [NEVER]
 
-    def answer(self, prompt_ids: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Answer]:
-        """As `LitPPO`'s, or the same tokens on both sides."""
-        if not self.forced:
-            return super().answer(prompt_ids, *args, **kwargs)
-        return self._given(prompt_ids)
-
     def answers(
         self, prompt_ids: Sequence[Tensor], num_answers: int, *args: Any, **kwargs: Any
     ) -> list[tuple[Answer, ...]]:
-        """The same for groups of answers, where rollouts ask for them so."""
+        """As `LitPPO`'s, or the same tokens on both sides."""
         if not self.forced:
             return super().answers(prompt_ids, num_answers, *args, **kwargs)
         return [(answer,) for answer in self._given(prompt_ids)]
@@ -53,19 +48,12 @@ class FixedLength(LitPPO):
     def _given(self, prompt_ids: Sequence[Tensor]) -> list[Answer]:
         size = self.sampling.max_new_tokens
         rows = forced_answers([ids.tolist() for ids in prompt_ids], size, self.policy.config.vocab_size)
-        # Where answers carry log-probabilities of their engine, several passes over a rollout do not use them.
-        more = {"logps": torch.zeros(size)} if "logps" in Answer.__dataclass_fields__ else {}
-        return [Answer(torch.tensor(ids), False, **more) for ids in rows]
+        # Several passes over a rollout do not use the log-probabilities of what sampled it.
+        return [Answer(torch.tensor(ids), False, torch.zeros(size)) for ids in rows]
 
 
 def sampler() -> Callable[[Any, list[Tensor], list[int], Sampling], Any]:
     """The project's sampling of one answer to each prompt: f(model, prompts, stop ids, sampling)."""
-    try:
-        from lit_align.rollout.engines import Decode
-    except ImportError:
-        from lit_align.rollout.sampling import sample
-
-        return sample
     return lambda model, prompts, stops, sampling: Decode()(model, prompts, 1, stops, sampling, None)
 
 

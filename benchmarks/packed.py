@@ -19,5 +19,4 @@ def attention_arguments(lengths: Sequence[int], device: str = "cpu") -> dict[str
         Example(torch.zeros(0, dtype=torch.long), (Branch(torch.zeros(n).long(), torch.ones(n)),)) for n in lengths
     ]
     batch = pack(documents, range(len(documents)), StepTotals(1.0, 1.0)).to(device)
-    name = "varlen" if hasattr(batch, "varlen") else "segments"
-    return {name: getattr(batch, name)}
+    return {"varlen": batch.varlen}
