@@ -25,6 +25,7 @@ from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.keys import class_at
 from lit_align.cli.plugins import import_classes
 from lit_align.cli.resume import FinishedError, check_checkpoint, check_new, find
+import lit_align.strategies  # noqa: F401 (registers fsdp2)
 
 TRAINER_DEFAULTS = {
     # The data modules plan which rank works on what; Lightning's sampler would shuffle and shard once more.

@@ -2,7 +2,6 @@
 
 from lit_align.models import attention
 from lit_align.models.forward import (
-    base_model,
     hidden_states,
     scalar_at_ends,
     scalar_at_sources,
@@ -12,6 +11,7 @@ from lit_align.models.forward import (
     token_stats,
 )
 from lit_align.models.head import TokenStats
+from lit_align.models.modes import base_model
 
 __all__ = [
     "TokenStats",

@@ -8,11 +8,8 @@ from torch import Tensor, nn
 from lit_align.batch import MicroBatch
 from lit_align.models.attention import PACKED
 from lit_align.models.head import TokenStats, head_stats
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of the adapters' wrapper if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+from lit_align.models.modes import base_model
+from lit_align.models.sharding import through_root
 
 
 def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -47,6 +44,7 @@ def _check_packable(trunk: nn.Module) -> None:
         )
 
 
+@through_root
 def token_stats(
     model: nn.Module, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> TokenStats:
@@ -84,6 +82,7 @@ def sequence_lengths(batch: MicroBatch) -> Tensor:
     return torch.bincount(batch.scored.sequences, minlength=batch.num_sequences).float()
 
 
+@through_root
 def scalar_at_ends(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The scalar head's value at the last real token of each sequence, float32 [S].
 
@@ -93,6 +92,7 @@ def scalar_at_ends(model: nn.Module, batch: MicroBatch) -> Tensor:
     return _scalar(model, hidden_states(model, batch)[batch.ends])
 
 
+@through_root
 def scalar_at_sources(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The scalar head's value at the state before each scored token, float32 [N]: a critic's V_t."""
     return _scalar(model, hidden_states(model, batch)[batch.scored.sources])

@@ -12,6 +12,7 @@ from lit_align.models.attention import PACKED
 from lit_align.models.pretrained import read_pretrained, refuse_missing
 from lit_align.models.scalar import HEAD, align_padding, install_head
 from lit_align.models.scratch import fresh_config
+from lit_align.models.sharding import shard
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import load_tokenizer
 
@@ -75,7 +76,7 @@ def load_scalar_model(source: ModelSource, name: str = "model") -> PreTrainedMod
 
 
 def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTrainedModel | PeftModel:
-    """Readies a freshly built model for training as its source says.
+    """Readies a freshly built model for training as its source says, and shards it if networks are to be sharded.
 
     Args:
         model: With all its weights; it is changed in place.
@@ -90,7 +91,9 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         # The second name is the one that transformers before 5.18 knows.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return (model if source.lora is None else add_adapters(model, source.lora, kind)).train()
+    adapted = model if source.lora is None else add_adapters(model, source.lora, kind)
+    shard(model)  # with its adapters: a layer is one group
+    return adapted.train()
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:

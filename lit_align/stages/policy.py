@@ -14,6 +14,7 @@ from lit_align.models import base_model, sequence_sums, token_logps
 from lit_align.models.head import check_head
 from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.reference import reference_mode
+from lit_align.models.sharding import unsharded
 from lit_align.models.source import ModelSource
 from lit_align.rollout.experience import as_examples
 from lit_align.rollout.sampling import Answer, Sampling, sample
@@ -70,7 +71,8 @@ class PolicyStage(Stage):
     ) -> list[Answer]:
         """Samples one answer for each prompt from the policy as it is; see `sample` for `noise`."""
         prompts = [ids.to(self.device) for ids in prompt_ids]
-        return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling, noise)
+        with unsharded(self.policy):  # on all ranks, those without prompts too
+            return sample(self.policy, prompts, self.stop_ids, sampling or self.sampling, noise) if prompts else []
 
     def generate_answers(self, batch: PromptBatch, sampling: Sampling | None = None) -> list[str]:
         """The answers' text, without special tokens."""

@@ -210,11 +210,9 @@ class LitPPO(ReferencedStage):
 
     def _trajectories(self, batch: PromptBatch, number: int) -> list[Trajectory]:
         prompts, indices, n = list(batch.prompt_ids), batch.indices.tolist(), self.ppo.num_answers
-        if not prompts:
-            return []
         asked = zip(indices, batch.repeats or [0] * len(indices), strict=True)
         keys = [(self.rollout_seed, number, *prompt, answer) for prompt in asked for answer in range(n)]
-        noise = answer_noise(keys, self.sampling.max_new_tokens)
+        noise = answer_noise(keys, self.sampling.max_new_tokens) if keys else None
         flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
         answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]
         packed = list(
@@ -223,7 +221,7 @@ class LitPPO(ReferencedStage):
         scores = answer_scores(
             self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
         )
-        scores = self.ppo.final_scores(scores, [answer.finished for answer in flat]).split(n)
+        scores = self.ppo.final_scores(scores, [answer.finished for answer in flat]).reshape(-1, n)
         logps = _split(answer_logps(self.policy, packed, self.sampling.temperature), n)
         with reference_policy(self.policy, self.reference) as reference:
             reference_logps = _split(answer_logps(reference, packed, self.sampling.temperature), n)
@@ -241,9 +239,10 @@ class LitPPO(ReferencedStage):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
-        if len(batch) == 0:  # this rank has no share of the last, smaller batch
+        trajectories = self._trajectories(batch, number=0)
+        if not trajectories:  # this rank has no share of the last, smaller batch
             return
-        rollout = as_rollout(self._trajectories(batch, number=0))
+        rollout = as_rollout(trajectories)
         count = len(rollout.scores)
         self.record(
             reward=(rollout.scores.sum(), count),

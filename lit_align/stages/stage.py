@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from lit_align.models.modes import has_adapters
 from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
-from lit_align.stages.optim import optimizer_settings
+from lit_align.stages.optim import check_takes_shards, optimizer_settings
 from lit_align.stages.progress import (
     announce_epoch_end,
     begin_next_epoch,
@@ -66,6 +67,7 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The configured optimizer, and its schedule over the steps of the run."""
         optimizer = self.optimizer(self.parameter_groups())
+        check_takes_shards(optimizer)
         self._check_same_optimizer(optimizer)
         scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -112,6 +114,7 @@ class Stage(LightningModule):
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self._log("train", self.train_means.compute())
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: the ranks' parts put together
             self.log("train/grad_norm", norm.detach())
         self.train_means.reset()
 
