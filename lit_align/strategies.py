@@ -12,6 +12,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
 
+from lit_align.checkpoint_io import WholeFolder, remove_folder
+from lit_align.models.sharded_checkpoint import (
+    OPTIMIZERS,
+    in_shards,
+    parameter_names,
+    read_meta,
+    read_optimizer,
+    read_weights,
+    write_shards,
+)
 from lit_align.models.sharding import Sharding, building_in_shards
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -29,6 +39,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, **options)
+        self._folder: Path | None = None
 
     @property
     def shards(self) -> bool:
@@ -75,6 +86,74 @@ class FSDP2Strategy(ModelParallelStrategy):
         finally:
             for group in groups:
                 group.set_requires_gradient_sync(True, recurse=False)
+
+    # -- checkpoints
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning asks for the optimizers' states after the checkpoint was accepted."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What training changes, in shards."""
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, in shards."""
+        return ParallelStrategy.optimizer_state(self, optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Writes a folder to which each rank adds its shards; it gets its name when all of it is on the disk."""
+        if not self.shards:
+            ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+            return
+        folder = WholeFolder(Path(self.broadcast(filepath)))
+        if self.is_global_zero:
+            folder.begin()
+        self.barrier()
+        names = [parameter_names(self.lightning_module, optimizer) for optimizer in self.optimizers]
+        meta = write_shards(folder.part, checkpoint, names)
+        if self.is_global_zero:
+            folder.finish(meta)
+        self.barrier()
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Removes a folder or a file."""
+        if self.is_global_zero and Path(filepath).is_dir():
+            remove_folder(Path(filepath))
+        else:
+            super().remove_checkpoint(filepath)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads what the stage has to accept; weights follow, from a folder or a file of any number of ranks."""
+        path = Path(self.broadcast(checkpoint_path))
+        self._folder = path if self.shards and path.is_dir() else None
+        if self._folder is not None:
+            return read_meta(path)
+        if not self.shards:
+            return self.checkpoint_io.load_checkpoint(path)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Puts the weights into the module."""
+        module, like = self.lightning_module, self.lightning_module.state_dict()
+        if self._folder is not None:
+            values = read_weights(self._folder, like)
+        else:
+            values = {n: in_shards(v, like[n]) if n in like else v for n, v in checkpoint["state_dict"].items()}
+        module.load_state_dict(values, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Puts the states into the optimizers."""
+        parameters = dict(self.lightning_module.named_parameters())
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint[OPTIMIZERS], strict=True)):
+            own = {name: parameters[name] for name in parameter_names(self.lightning_module, optimizer)}
+            if self._folder is not None:
+                optimizer.load_state_dict(read_optimizer(self._folder, state, number, own))
+                continue
+            likes = list(own.values())
+            kept = {i: {s: in_shards(v, likes[i]) for s, v in slots.items()} for i, slots in state["state"].items()}
+            optimizer.load_state_dict({**state, "state": kept})
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices", override=True)

@@ -68,7 +68,8 @@ class Stage(LightningModule):
         """The configured optimizer, and its schedule over the steps of the run."""
         optimizer = self.optimizer(self.parameter_groups())
         check_takes_shards(optimizer)
-        self._check_same_optimizer(optimizer)
+        self._optimizer_settings = optimizer_settings(optimizer)
+        self._check_same_optimizer()
         scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -181,13 +182,14 @@ class Stage(LightningModule):
         entry, roles = checkpoint.get(ENTRY, {}), self.roles()
         check_same_networks(entry, self.name, roles, self.tokenizer, self.fingerprints())
         self._stored_optimizer = entry.get("optimizer")
+        self._check_same_optimizer()  # sharded, the optimizer is there before the checkpoint is read
         before = entry.get("micro_batches")
         if before is not None and self._trainer is not None:
             recount(checkpoint, before, self.trainer.accumulate_grad_batches)
 
-    def _check_same_optimizer(self, optimizer: Optimizer) -> None:
+    def _check_same_optimizer(self) -> None:
         """Refuses other settings than the run began with: those of the checkpoint would be used, without a word."""
-        now = self._optimizer_settings = optimizer_settings(optimizer)
+        now = self._optimizer_settings
         stored = self._stored_optimizer or now
         if changed := [k for k in now if k in stored and stored[k] != now[k]]:
             raise ValueError(
