@@ -13,6 +13,7 @@ from lit_align.models.pretrained import read_pretrained, refuse_missing
 from lit_align.models.scalar import HEAD, align_padding, install_head
 from lit_align.models.scratch import fresh_config
 from lit_align.models.sharding import shard
+from lit_align.models.slices import hide_slices
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import load_tokenizer
 
@@ -91,8 +92,9 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         # The second name is the one that transformers before 5.18 knows.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    slices = hide_slices(model)
     adapted = model if source.lora is None else add_adapters(model, source.lora, kind)
-    shard(model)  # with its adapters: a layer is one group
+    shard(model, slices)  # with its adapters: a layer is one group
     return adapted.train()
 
 

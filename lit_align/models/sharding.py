@@ -9,7 +9,7 @@ whatever runs `through_root`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lit_align.models.modes import base_model
 from lit_align.models.scalar import ScalarHead
-from lit_align.models.slices import take_slices
+from lit_align.models.slices import Slice, empty_slices, fill_slices
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -69,11 +69,12 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(base_model(model), RUN)
 
 
-def shard(model: PreTrainedModel) -> None:
+def shard(model: PreTrainedModel, slices: Sequence[Slice]) -> None:
     """Shards a network as `building_in_shards` says, in place; does nothing outside of it.
 
     Args:
-        model: Without a wrapper, adapters put on; weights whole (the same on all ranks) or slices of `reading_slices`.
+        model: Without a wrapper, adapters put on.
+        slices: Of those of its weights that each rank has its rows of; the others are whole.
 
     Raises:
         ValueError: The architecture does not say what its layers are.
@@ -83,14 +84,14 @@ def shard(model: PreTrainedModel) -> None:
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    slices = take_slices(model)
+    empty_slices(slices)
     options = {"mesh": sharding.mesh, "mp_policy": _policy(model, sharding)}
     for head in [module for module in model.modules() if isinstance(module, ScalarHead)]:
         fully_shard(head, mesh=sharding.mesh)  # computes in its own precision
     for layer in _layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    model.load_state_dict(slices, strict=False, assign=True)
+    fill_slices(slices)
     setattr(model, RUN, MethodType(_run, model))
     register_fsdp_forward_method(model, RUN)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,22 +74,46 @@ def of_all_ranks(items: Iterable[Item]) -> set[Item]:
     return set().union(*gathered)
 
 
-def take_slices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Takes the slices out of a model, and leaves weights without contents but of full size in their place.
+class Slice(NamedTuple):
+    """This rank's rows of one weight, and whose weight it is."""
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter
+
+
+def hide_slices(model: nn.Module) -> list[Slice]:
+    """Takes the slices out of a model; in their place it gets weights of full size that take no memory.
+
+    Adapters are made to the size of the weights that they find, and slices would be taken for the whole.
 
     Returns:
-        The slices by every name that they have: a tied weight is one object under two names.
+        A tied weight stands there once for each of its names.
     """
-    slices = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+    slices = [
+        Slice(module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
-    }
-    empty: dict[nn.Parameter, nn.Parameter] = {}
-    for name, parameter in slices.items():
-        if parameter not in empty:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            empty[parameter] = nn.Parameter(whole, parameter.requires_grad)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, empty[parameter])
+    ]
+    _exchange(slices, lambda like: torch.empty((), dtype=like.dtype).expand(like.shape))
     return slices
+
+
+def empty_slices(slices: Sequence[Slice]) -> None:
+    """Gives the model weights of full size without contents, as FSDP takes them before they are loaded."""
+    _exchange(slices, lambda like: torch.empty(like.shape, dtype=like.dtype, device="meta"))
+
+
+def fill_slices(slices: Sequence[Slice]) -> None:
+    """Puts the slices into a model that was sharded with empty ones."""
+    for module, name, value in slices:
+        setattr(module, name, value.requires_grad_(getattr(module, name).requires_grad))
+
+
+def _exchange(slices: Sequence[Slice], make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module, name, value in slices:
+        if value not in made:
+            made[value] = nn.Parameter(make(value), getattr(module, name).requires_grad)
+        setattr(module, name, made[value])
