@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
-from lit_align.models.sharded_checkpoint import META, read_whole
 from lit_align.runs import PART
+from lit_align.sharded_checkpoint import META, read_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -77,7 +77,7 @@ class WholeFolder:
         """Adds `meta.pt` and moves the folder to its name; one rank calls it, after all have written."""
         _write(meta, self.part / META)
         _sync_folder(self.part)
-        # Folders cannot be exchanged in one go: the older one keeps a name of a checkpoint until the new one has its own.
+        # Folders cannot be exchanged in one go: the older one keeps the name of a checkpoint until the new one has it.
         older = self.path.with_name(f"{self.path.stem}-older{self.path.suffix}")
         if older.exists():
             remove_folder(older)

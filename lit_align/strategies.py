@@ -13,7 +13,8 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
 
 from lit_align.checkpoint_io import WholeFolder, remove_folder
-from lit_align.models.sharded_checkpoint import (
+from lit_align.models.sharding import Sharding, building_in_shards
+from lit_align.sharded_checkpoint import (
     OPTIMIZERS,
     in_shards,
     parameter_names,
@@ -22,7 +23,6 @@ from lit_align.models.sharded_checkpoint import (
     read_weights,
     write_shards,
 )
-from lit_align.models.sharding import Sharding, building_in_shards
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -75,7 +75,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """While open, gradients are added up where they are; Lightning opens it for all but a step's last micro-batch."""
+        """While open, ranks add up their own gradients; Lightning opens it for all but a step's last micro-batch."""
         from torch.distributed.fsdp import FSDPModule
 
         groups = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
@@ -154,6 +154,21 @@ class FSDP2Strategy(ModelParallelStrategy):
             likes = list(own.values())
             kept = {i: {s: in_shards(v, likes[i]) for s, v in slots.items()} for i, slots in state["state"].items()}
             optimizer.load_state_dict({**state, "state": kept})
+
+
+def refuse_fsdp1(strategy: Any) -> None:
+    """Refuses FSDP of the first generation, whatever way it is written.
+
+    Raises:
+        ValueError: Names what to use.
+    """
+    name = getattr(strategy, "class_path", strategy)
+    if isinstance(name, str) and (name.startswith("fsdp_") or name.split(".")[-1] in ("fsdp", "FSDPStrategy")):
+        raise ValueError(
+            f"trainer.strategy: {name} is FSDP of the first generation, which flattens weights and cannot clip their "
+            "gradients' norm; use strategy fsdp2 (--config configs/trainer/fsdp.yaml; on two processes of a CPU "
+            "configs/trainer/fsdp_cpu2.yaml)"
+        )
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices", override=True)

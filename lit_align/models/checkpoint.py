@@ -29,8 +29,8 @@ from lit_align.models.fingerprint import base_fingerprint
 from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
 from lit_align.models.modes import dropout_settings, has_adapters
 from lit_align.models.scalar import HEAD, install_head
-from lit_align.models.sharded_checkpoint import META, read_whole
 from lit_align.models.source import ModelSource
+from lit_align.sharded_checkpoint import META, read_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -62,9 +62,10 @@ def read_pretrained(
     if any(is_tuner_layer(module) for module in model.modules()):
         raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
     for key, stored, expected in sorted(report["mismatched_keys"]):
+        part = "" if whole or current_sharding() is None else " (the rows of one rank)"
         raise ValueError(
             f"{name}.path: {key} in {source.path!r} has shape {tuple(stored)}; "
-            f"{type(model).__name__} expects {tuple(expected)}"
+            f"{type(model).__name__} expects {tuple(expected)}{part}"
         )
     if unexpected := [key for key in report["unexpected_keys"] if not key.startswith(HEADS)]:
         some = ", ".join(sorted(unexpected)[:3])
@@ -90,7 +91,12 @@ def _from_pretrained(
     slices = None if whole or gguf_file else current_sharding()
     with quiet_loading(), head, reading_slices(slices.mesh) if slices else nullcontext({}) as sliced:
         model, report = auto_class.from_pretrained(
-            folder, dtype=source.torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **sliced
+            folder,
+            dtype=source.torch_dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+            **sliced,
         )
     if sliced:  # a weight of another shape need not be seen in every rank's slice of it
         report["mismatched_keys"] = of_all_ranks(report["mismatched_keys"])

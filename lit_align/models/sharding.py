@@ -1,9 +1,9 @@
 """Networks in shards (FSDP2): every rank holds a part of each weight, and layers are gathered while they compute.
 
 Each decoder layer is a group that is gathered for its forward and its backward pass. What is left of the network
-(embedding, last norm, vocabulary projection) is the root's group, gathered from the root's forward to its backward. This
-library runs trunk and head as two calls, never the whole `model(...)`, so it says itself what a root's forward is:
-whatever runs `through_root`.
+(embedding, last norm, vocabulary projection) is the root's group, gathered from the root's forward to its backward.
+This library runs trunk and head as two calls, never the whole `model(...)`, so it says itself what a root's forward
+is: whatever runs `through_root`.
 """
 
 from __future__ import annotations

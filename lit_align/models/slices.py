@@ -28,6 +28,7 @@ def reading_slices(mesh: DeviceMesh) -> Iterator[dict[str, Any]]:
 
     def split(cls: type, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
         _make_empty_slices(model, mesh)
+        _agree_on_missing(model)
         del model.config.distributed_config  # it is no part of what the network is
         return model
 
@@ -38,6 +39,21 @@ def reading_slices(mesh: DeviceMesh) -> Iterator[dict[str, Any]]:
         yield {"distributed_config": DistributedConfig(fsdp_size=1)}
     finally:
         delattr(PreTrainedModel, name)
+
+
+def _agree_on_missing(model: Any) -> None:
+    """Lets all ranks make new weights where one has to: they draw them together.
+
+    A weight of another shape may have slices of the right shape on some of the ranks.
+    """
+    name = "_move_missing_keys_from_meta_to_device"
+    move = getattr(model, name)
+
+    def of_all(missing: set[str], *options: Any) -> None:
+        delattr(model, name)  # of this model, this once
+        move(of_all_ranks(missing), *options)
+
+    setattr(model, name, of_all)
 
 
 def _make_empty_slices(model: nn.Module, mesh: DeviceMesh) -> None:

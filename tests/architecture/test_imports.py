@@ -15,10 +15,11 @@ INNER = {
     "lit_align.losses": (),
     "lit_align.batch": (),
     "lit_align.rollout.advantages": ("lit_align.losses",),
-    "lit_align.models": ("lit_align.batch",),
+    "lit_align.models": ("lit_align.batch", "lit_align.sharded_checkpoint"),
     "lit_align.rollout": ("lit_align.batch", "lit_align.losses", "lit_align.models"),
     "lit_align.stages": ("lit_align.batch", "lit_align.losses", "lit_align.models", "lit_align.rollout"),
     "lit_align.runs": (),
+    "lit_align.sharded_checkpoint": (),
     "lit_align.pipeline": ("lit_align.runs",),
     "lit_align.callbacks": ("lit_align.batch", "lit_align.models", "lit_align.rollout", "lit_align.runs"),
     "lit_align": ("lit_align",),
@@ -30,6 +31,7 @@ OUTER = {
     "lit_align.batch": {"torch", "numpy"},
     "lit_align.rollout.advantages": {"torch"},
     "lit_align.runs": set(),
+    "lit_align.sharded_checkpoint": {"torch"},
     "lit_align.pipeline": set(),
 }
 

@@ -21,12 +21,16 @@ from run_stages import build, items, made, whole
 from lit_align.callbacks import Checkpoints, ExportHF, RandomState
 from lit_align.checkpoint_io import WholeCheckpointIO
 
-STEPS = 4
+HALFWAY = {"dpo": 4, "ppo": 6, "rm lora": 4}
+"""Steps inside an epoch, after which runs go on for one more step; that of PPO is inside a rollout."""
 
 
-def fit(
-    name: str, model: str, folder: Path, strategy: str, devices: int, max_steps: int = STEPS, resume: Path | None = None
-) -> dict[str, Any]:
+def halfway(name: str, folder: Path) -> Path:
+    """The checkpoint before the last."""
+    return folder / "checkpoints" / f"step{HALFWAY[name]:06d}.ckpt"
+
+
+def fit(name: str, model: str, folder: Path, strategy: str, devices: int, resume: Path | None = None) -> dict[str, Any]:
     """Trains; a checkpoint after every other step, an export at the end."""
     stage = build(name, model)
     logged: list = []
@@ -37,7 +41,7 @@ def fit(
         devices=devices,
         strategy=strategy,
         accumulate_grad_batches=2,
-        max_steps=max_steps,
+        max_steps=HALFWAY[name] + 1,
         max_epochs=-1,
         log_every_n_steps=1,
         limit_val_batches=0,
@@ -52,14 +56,15 @@ def fit(
 def main(model: str, folder: str) -> None:
     """See the module."""
     root, results = Path(folder), {}
-    for name in ("dpo", "ppo", "rm lora"):
+    for name in HALFWAY:
         here = root / name
         results[name] = fit(name, model, here / "whole", "fsdp2", 2)
-        halfway = here / "whole" / "checkpoints" / "step000002.ckpt"
-        results[f"{name}, resumed"] = fit(name, model, here / "resumed", "fsdp2", 2, resume=halfway)
-        one = root / "of one" / name / "checkpoints" / "step000002.ckpt"
-        if one.exists():
-            results[f"{name}, from one"] = fit(name, model, here / "from one", "fsdp2", 2, resume=one)
+        results[f"{name}, resumed"] = fit(
+            name, model, here / "resumed", "fsdp2", 2, resume=halfway(name, here / "whole")
+        )
+        results[f"{name}, from one"] = fit(
+            name, model, here / "from one", "fsdp2", 2, resume=halfway(name, root / "of one" / name)
+        )
     torch.save(results, root / f"result.{os.environ['RANK']}")
 
 

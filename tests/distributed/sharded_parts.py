@@ -34,7 +34,9 @@ from lit_align.models.source import ModelSource
 from lit_align.rollout.sampling import Sampling
 from lit_align.strategies import FSDP2Strategy
 
-GATHER, REDUCE = "all_gather_into_tensor", "reduce_scatter_tensor"
+# torch has renamed what FSDP calls.
+RENAMED = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+GATHER, REDUCE = (new if hasattr(distributed, new) else old for new, old in RENAMED.items())
 
 
 class Calls:
@@ -57,7 +59,7 @@ class Calls:
         """Yields a dictionary that afterwards holds the calls since."""
         before, found = dict(self.count), {}
         yield found
-        found.update({name: self.count[name] - before[name] for name in before})
+        found["gathers"], found["reductions"] = (self.count[name] - before[name] for name in (GATHER, REDUCE))
 
 
 class Act(Callback):
@@ -197,7 +199,7 @@ def padding_beyond_the_vocabulary(model: str) -> tuple[int, float]:
         grown = load_scalar_model(ModelSource(path=model))
     scalar.separate_pad_token = known
     weight = grown.get_input_embeddings().weight.full_tensor()
-    return len(weight), float(weight[-1].abs().sum())
+    return len(weight), float(weight[-1].detach().abs().sum())
 
 
 def main(model: str, out: str) -> None:

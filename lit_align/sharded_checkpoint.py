@@ -1,7 +1,7 @@
 """Checkpoints that are a folder: each rank writes its shards, and any number of ranks reads them again.
 
-The folder holds tensors alone (weights, states of the optimizers; torch's distributed checkpoint format), each under its
-name in the module, and `meta.pt` with everything else as plain types. It knows nothing of how many ranks wrote it.
+The folder holds tensors (weights, states of the optimizers; torch's distributed checkpoint format), each under its name
+in the module, and `meta.pt` with everything else as plain types. It knows nothing of how many ranks wrote it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def read_weights(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors.get(WEIGHTS + name, torch.empty(0)) for name in sizes}
 
 
-def read_optimizer(folder: Path, state: dict[str, Any], number: int, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def read_optimizer(
+    folder: Path, state: dict[str, Any], number: int, parameters: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """The state of an optimizer in shards, as its `load_state_dict` takes it; all ranks have to call it.
 
     Args:
@@ -107,7 +109,7 @@ def read_optimizer(folder: Path, state: dict[str, Any], number: int, parameters:
 
 
 def in_shards(value: Any, like: Tensor) -> Any:
-    """This rank's part of a tensor that it has whole, sharded like another of the same shape; others stay as they are."""
+    """This rank's part of a tensor that it has whole, sharded like another of its shape; others stay as they are."""
     if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     # Without a source rank nothing is sent: every rank has the same file.
