@@ -6,12 +6,13 @@ in the module, and `meta.pt` with everything else as plain types. It knows nothi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,7 +45,7 @@ def write_shards(folder: Path, checkpoint: dict[str, Any], names: Sequence[Seque
             rest = {slot: value for slot, value in slots.items() if slot not in found}
             groups = [{**group, "params": [own[i] for i in group["params"]]} for group in state["param_groups"]]
             meta[OPTIMIZERS].append({"rest": rest, "param_groups": groups})
-    dcp.save(tensors, checkpoint_id=folder)
+    dcp.save(tensors, checkpoint_id=folder, no_dist=not distributed.is_initialized())
     return meta
 
 
@@ -58,7 +59,9 @@ def read_whole(folder: Path, optimizers: bool = True) -> dict[str, Any]:
     meta, stored = read_meta(folder), _stored(folder)
     wanted = {key: kept for key, kept in stored.items() if optimizers or key.startswith(WEIGHTS)}
     tensors = {key: torch.empty(kept.size, dtype=kept.properties.dtype) for key, kept in wanted.items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     meta["state_dict"] = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
     states = meta.pop(OPTIMIZERS, None)
     if optimizers and states is not None:
