@@ -76,8 +76,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     elif Path(path).is_file():
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     else:
-        kind = "a folder without one" if Path(path).is_dir() else "nothing"
-        raise ValueError(f"checkpoint: expected a .ckpt (a file, or a sharded run's folder); {path} is {kind}")
+        kind = "a folder that no sharded run wrote" if Path(path).is_dir() else "nothing"
+        raise ValueError(f"checkpoint: expected a .ckpt file; {path} is {kind}")
     if ENTRY not in checkpoint:
         raise ValueError(f"{path}: no stage of lit_align wrote this checkpoint (it has no entry {ENTRY!r})")
     return checkpoint[ENTRY], checkpoint["state_dict"]

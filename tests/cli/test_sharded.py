@@ -1,4 +1,4 @@
-"""`--config configs/trainer/fsdp_cpu2.yaml` on top of any stage: two processes, resumed by the same command, exported."""
+"""The overlay `configs/trainer/fsdp_cpu2.yaml` on a stage: two processes, resumed by the same command, exported."""
 
 import json
 import os

@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import run_stages
 from run_stages import build, items, made
 
-from lit_align.batch import PromptBatch
-from lit_align.models import scalar
+from lit_align.batch import PromptBatch, StepTotals, pad
+from lit_align.models import scalar, token_logps
 from lit_align.models.fingerprint import fingerprint
 from lit_align.models.load import load_causal_lm, load_scalar_model
 from lit_align.models.modes import base_model
 from lit_align.models.sharding import Sharding, building_in_shards
 from lit_align.models.source import ModelSource
+from lit_align.models.tokens import load_tokenizer
 from lit_align.rollout.sampling import Sampling
 from lit_align.strategies import FSDP2Strategy
 
@@ -162,6 +163,43 @@ def mixed(name: str, model: str, calls: Calls, **options: Any) -> dict[str, Any]
     return seen | {"losses": losses}
 
 
+ARCHITECTURES = {
+    "qwen2": {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+    "gemma2": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2},
+}
+
+
+def architectures(model: str, out: Path) -> dict[str, tuple[float, float]]:
+    """For each: how far log-probabilities and the gradients' norm of shards are from those of the whole."""
+    found = {}
+    sharding = Sharding(distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    batch = pad(items("sft")[:3], range(3), StepTotals(1.0, 1.0))
+    for kind, settings in ARCHITECTURES.items():
+        config = run_stages.SCRATCH | {"model_type": kind} | settings
+        config = settings | {"model_type": kind} if kind == "gpt2" else config
+        torch.manual_seed(5)
+        made_here = load_causal_lm(ModelSource(config=config, tokenizer=model))
+        if distributed.get_rank() == 0:
+            made_here.save_pretrained(out / kind, max_shard_size="40KB")
+            load_tokenizer(ModelSource(path=model)).save_pretrained(out / kind)
+        distributed.barrier()
+        source = ModelSource(path=str(out / kind))
+        whole = load_causal_lm(source)
+        with building_in_shards(sharding):
+            shards = load_causal_lm(source)
+        logps, norms = [], []
+        for network in (whole, shards):
+            network.eval()
+            logps.append(token_logps(network, batch))
+            logps[-1].sum().backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        found[kind] = (float((logps[0] - logps[1]).abs().max()), abs(norms[1] / norms[0] - 1))
+    return found
+
+
 def raised(act: Callable[[], Any]) -> str:
     """The error's text."""
     try:
@@ -214,6 +252,7 @@ def main(model: str, out: str) -> None:
         "fp32 sft": mixed("sft", model, calls),
         "padding": padding_beyond_the_vocabulary(model),
         "errors": errors(model, calls),
+        "architectures": architectures(model, Path(out).parent),
     }
     run_stages.VARIANTS["sft in bfloat16"] = {"dtype": "bfloat16"}
     found["pure sft"] = mixed("sft in bfloat16", model, calls)

@@ -95,6 +95,13 @@ def test_an_embedding_may_grow_for_a_padding_token(ranks):
     assert [rank["padding"] for rank in ranks] == [(260, 0.0)] * 2
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "qwen3_moe"])
+def test_other_architectures_compute_the_same_in_shards(kind, ranks):
+    for rank in ranks:
+        logps, norm = rank["architectures"][kind]
+        assert logps < 1e-5 and norm < 1e-5
+
+
 @pytest.mark.parametrize(
     "what, words",
     [
