@@ -111,6 +111,11 @@ def read_optimizer(
     return _numbered(state, _of(number, tensors))
 
 
+def is_shard(value: Any) -> bool:
+    """Whether a tensor is one of which each rank holds a part."""
+    return isinstance(value, DTensor)
+
+
 def in_shards(value: Any, like: Tensor) -> Any:
     """This rank's part of a tensor that it has whole, sharded like another of its shape; others stay as they are."""
     if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from lit_align.models.sharding import Sharding, building_in_shards
 from lit_align.sharded_checkpoint import (
     OPTIMIZERS,
     in_shards,
+    is_shard,
     parameter_names,
     read_meta,
     read_optimizer,
@@ -72,6 +74,20 @@ class FSDP2Strategy(ModelParallelStrategy):
             return nullcontext()
         bf16 = self.precision_plugin.precision == "bf16-mixed"
         return building_in_shards(Sharding(self.device_mesh["data_parallel"], bf16))
+
+    def setup(self, trainer: Trainer) -> None:
+        """Sets the optimizers up.
+
+        Raises:
+            ValueError: Weights are whole: each rank would train its own.
+        """
+        whole = [n for n, p in self.lightning_module.named_parameters() if p.requires_grad and not is_shard(p)]
+        if self.shards and whole:
+            raise ValueError(
+                f"trainer.strategy: fsdp2 found {len(whole)} weights that are not in shards ({whole[0]}, ...); build "
+                "networks inside `configure_model`, with the functions of lit_align.models.load"
+            )
+        super().setup(trainer)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -130,7 +130,7 @@ def through_root(function: Callable[Arguments, Result]) -> Callable[Arguments, R
         forward = getattr(base_model(model), RUN, None)
         if forward is None:
             return function(*args, **kwargs)
-        result = forward(function, *args, **kwargs)
+        result = forward(functools.partial(function, *args, **kwargs))  # FSDP would look through arguments for tensors
         if not torch.is_grad_enabled():
             _rest(model)
         return result
@@ -138,9 +138,9 @@ def through_root(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     return run
 
 
-def _run(self: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(self: nn.Module, function: Callable[[], Any]) -> Any:
     # Hooks hang on what is returned; on a view of something else they could get lost.
-    return pytree.tree_map_only(Tensor, lambda t: t if t._base is None else t.clone(), function(*args, **kwargs))
+    return pytree.tree_map_only(Tensor, lambda t: t if t._base is None else t.clone(), function())
 
 
 def _rest(model: nn.Module) -> None:

@@ -134,6 +134,21 @@ def rollouts(model: str, calls: Calls) -> dict[str, Any]:
     return callback.result
 
 
+def answers_inside_a_step(model: str, calls: Calls) -> list[str]:
+    """Fingerprints of the trained policy, without and with answers sampled between the micro-batches of a step."""
+
+    class Asks(Act):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.answer([torch.arange(4)], Sampling(max_new_tokens=2))
+
+    found = []
+    for callback in (Act(calls), Asks(calls)):
+        stage = build("sft", model)
+        fit(stage, "sft", callback)
+        found.append(fingerprint(stage.policy))
+    return found
+
+
 def passes_of_the_frozen(model: str, calls: Calls) -> int:
     """Passes that FSDP remembers of a network that never has a backward: they would add up for ever."""
     stage = build("dpo", model)
@@ -222,7 +237,10 @@ def errors(model: str, calls: Calls) -> dict[str, str]:
         with building_in_shards(sharding):
             load_causal_lm(ModelSource(path=str(other)), "policy")
 
+    built_before = build("sft", model)
+    built_before.configure_model()
     return {
+        "whole": raised(lambda: fit(built_before, "sft", Act(calls))),
         "optimizer": raised(lambda: fit(stage, "sft", Act(calls))),
         "precision": raised(lambda: fit(build("sft", model), "sft", Act(calls), precision="bf16-true")),
         "shape": raised(read),
@@ -246,6 +264,7 @@ def main(model: str, out: str) -> None:
     found = {
         "reductions": reductions(model, calls),
         "rollouts": rollouts(model, calls),
+        "inside": answers_inside_a_step(model, calls),
         "passes": passes_of_the_frozen(model, calls),
         "bf16 sft": mixed("sft", model, calls, precision="bf16-mixed"),
         "bf16 rm": mixed("rm", model, calls, precision="bf16-mixed"),

@@ -69,6 +69,11 @@ def test_a_rollout_leaves_shards_and_the_same_weights(ranks, tiny_model):
         assert found["whole before"] == found["whole after"] == expected
 
 
+def test_answers_between_the_micro_batches_of_a_step_change_nothing(ranks, tiny_model):
+    without, with_answers = ranks[0]["inside"]
+    assert without == with_answers != fingerprint(load_causal_lm(ModelSource(path=str(tiny_model))))
+
+
 def test_nothing_adds_up_for_a_network_without_backward(ranks):
     assert [rank["passes"] for rank in ranks] == [0, 0]
 
@@ -105,6 +110,7 @@ def test_other_architectures_compute_the_same_in_shards(kind, ranks):
 @pytest.mark.parametrize(
     "what, words",
     [
+        ("whole", r"fsdp2 found \d+ weights that are not in shards \(policy.model.embed_tokens.weight, ...\)"),
         ("optimizer", "bitsandbytes' AdamW8bit cannot work on sharded weights"),
         (
             "precision",
