@@ -32,8 +32,9 @@ class ExportHF(Callback):
         from lit_align.models.export import export_module
 
         module = getattr(pl_module, role)
-        if is_sharded(module):  # all ranks give their parts
+        if sharded := is_sharded(module):  # all ranks give their parts
             module = whole_copy(*pl_module.roles()[role])
         if trainer.is_global_zero:
             export_module(module, pl_module.tokenizer, Path(trainer.default_root_dir) / EXPORT, self.merge_lora)
-        trainer.strategy.barrier()
+        if sharded:
+            trainer.strategy.barrier()

@@ -215,9 +215,7 @@ class LitPPO(ReferencedStage):
         noise = answer_noise(keys, self.sampling.max_new_tokens) if keys else None
         flat = self.answer([ids for ids in prompts for _ in range(n)], self.sampling, noise)
         answers = [tuple(flat[i : i + n]) for i in range(0, len(flat), n)]
-        packed = list(
-            micro_batches(as_examples(prompts, answers), self.ppo.scoring_batch_size, self.device, self.lay_out)
-        )
+        packed = self._packed(as_examples(prompts, answers)) if prompts else []
         scores = answer_scores(
             self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
         )
@@ -230,6 +228,9 @@ class LitPPO(ReferencedStage):
             values = _split(answer_values(self.critic, packed), n)
         rows = zip(indices, prompts, answers, scores, logps, reference_logps, values, strict=True)
         return [Trajectory(i, ids.cpu(), *numbers) for i, ids, *numbers in rows]
+
+    def _packed(self, examples: list[Example]) -> list[MicroBatch]:
+        return list(micro_batches(examples, self.ppo.scoring_batch_size, self.device, self.lay_out))
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the rollout's figures to those of its updates."""

@@ -26,6 +26,7 @@ OPTIONS = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_overlay_trains_resumes_and_exports(tmp_path):
     run = tmp_path / "run"
 
@@ -39,7 +40,7 @@ def test_the_overlay_trains_resumes_and_exports(tmp_path):
             env=environment | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
-            timeout=140,
+            timeout=280,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads((run / "results.json").read_text())["steps"] == steps
