@@ -40,7 +40,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Reads a file, or a folder that a sharded run wrote, as if it were one; nothing pickled is executed."""
         if _is_local_file_protocol(path) and Path(path).is_dir():
             return read_whole(Path(path))
-        return super().load_checkpoint(path, map_location or "cpu", weights_only)
+        return super().load_checkpoint(path, map_location or _to_cpu, weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a file or a folder; a folder loses its name first, so that half of one is never taken for whole."""
@@ -48,6 +48,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             remove_folder(Path(path))
         else:
             super().remove_checkpoint(path)
+
+
+def _to_cpu(storage: Any, location: str) -> Any:
+    return storage
 
 
 def remove_folder(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
@@ -48,6 +48,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Whether there is more than one device to share the networks."""
         return self.world_size > 1
 
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     def setup_environment(self) -> None:
         """Starts the processes' group; all of the devices shard."""
         self._check_precision()
@@ -81,7 +86,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: Weights are whole: each rank would train its own.
         """
-        whole = [n for n, p in self.lightning_module.named_parameters() if p.requires_grad and not is_shard(p)]
+        whole = [n for n, p in self._module.named_parameters() if p.requires_grad and not is_shard(p)]
         if self.shards and whole:
             raise ValueError(
                 f"trainer.strategy: fsdp2 found {len(whole)} weights that are not in shards ({whole[0]}, ...); build "
@@ -94,7 +99,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """While open, ranks add up their own gradients; Lightning opens it for all but a step's last micro-batch."""
         from torch.distributed.fsdp import FSDPModule
 
-        groups = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        groups = [module for module in self._module.modules() if isinstance(module, FSDPModule)]
         for group in groups:
             group.set_requires_gradient_sync(False, recurse=False)
         try:
@@ -112,7 +117,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What training changes, in shards."""
-        return self.lightning_module.state_dict()
+        return self._module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, in shards."""
@@ -127,7 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             folder.begin()
         self.barrier()
-        names = [parameter_names(self.lightning_module, optimizer) for optimizer in self.optimizers]
+        names = [parameter_names(self._module, optimizer) for optimizer in self.optimizers]
         meta = write_shards(folder.part, checkpoint, names)
         if self.is_global_zero:
             folder.finish(meta)
@@ -152,7 +157,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Puts the weights into the module."""
-        module, like = self.lightning_module, self.lightning_module.state_dict()
+        module, like = self._module, self._module.state_dict()
         if self._folder is not None:
             values = read_weights(self._folder, like)
         else:
@@ -161,9 +166,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Puts the states into the optimizers."""
-        parameters = dict(self.lightning_module.named_parameters())
+        parameters = dict(self._module.named_parameters())
         for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint[OPTIMIZERS], strict=True)):
-            own = {name: parameters[name] for name in parameter_names(self.lightning_module, optimizer)}
+            own = {name: parameters[name] for name in parameter_names(self._module, optimizer)}
             if self._folder is not None:
                 optimizer.load_state_dict(read_optimizer(self._folder, state, number, own))
                 continue
