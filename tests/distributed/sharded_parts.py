@@ -166,7 +166,8 @@ def mixed(name: str, model: str, calls: Calls, **options: Any) -> dict[str, Any]
         base_model(net).base_model.layers[0].register_forward_hook(lambda m, i, o: seen.update(hidden=str(o.dtype)))
         head = getattr(base_model(net), "score", None)
         if head is not None:
-            head.register_forward_hook(lambda m, i, o: seen.update(score=str(m.weight.dtype)))
+            # Before it computes: afterwards it is in shards again.
+            head.register_forward_pre_hook(lambda m, i: seen.update(score=str(m.weight.dtype)))
 
     class Watch(Act):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
