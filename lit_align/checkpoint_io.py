@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lit_align.runs import PART
+from lit_align.sharded_checkpoint import META, read_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -28,12 +30,76 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + PART)
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        if path.is_dir():  # a sharded run wrote one of this name
+            remove_folder(path)
+        _write(checkpoint, part)
         os.replace(part, path)
         _sync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Reads a file, or a folder that a sharded run wrote, as if it were one; nothing pickled is executed."""
+        if _is_local_file_protocol(path) and Path(path).is_dir():
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, map_location or _to_cpu, weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a file or a folder; a folder loses its name first, so that half of one is never taken for whole."""
+        if _is_local_file_protocol(path) and Path(path).is_dir() and not Path(path).is_symlink():
+            remove_folder(Path(path))
+        else:
+            super().remove_checkpoint(path)
+
+
+def _to_cpu(storage: Any, location: str) -> Any:
+    return storage
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a checkpoint that is a folder."""
+    gone = path.with_name(f"{path.name}.gone{PART}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+class WholeFolder:
+    """A checkpoint that is a folder, written beside its name and moved there when it is on the disk.
+
+    Args:
+        path: Its name; what is there is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(path.name + PART)
+
+    def begin(self) -> None:
+        """Makes the empty folder `part` to write into; one rank calls it, before all others write."""
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Adds `meta.pt` and moves the folder to its name; one rank calls it, after all have written."""
+        _write(meta, self.part / META)
+        _sync_folder(self.part)
+        # Folders cannot be exchanged in one go: the older one keeps the name of a checkpoint until the new one has it.
+        older = self.path.with_name(f"{self.path.stem}-older{self.path.suffix}")
+        if older.exists():
+            remove_folder(older)
+        if self.path.is_file():
+            self.path.unlink()
+        elif self.path.exists():
+            self.path.rename(older)
+        self.part.rename(self.path)
+        _sync_folder(self.path.parent)
+        if older.exists():
+            remove_folder(older)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -118,8 +118,8 @@ def is_whole(path: Path) -> bool:
     if path.is_file():
         # A checkpoint is a zip archive, whose list of contents stands at its end.
         return path.suffix != PART and zipfile.is_zipfile(path)
-    # A sharded checkpoint is a folder; these two files are written last.
-    return all((path / name).is_file() for name in (".metadata", "meta.pt"))
+    # A sharded checkpoint is a folder; these two files are written last, and then it gets its name.
+    return path.suffix != PART and all((path / name).is_file() for name in (".metadata", "meta.pt"))
 
 
 def _announced(folder: Path) -> Path:

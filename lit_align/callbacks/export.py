@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_align.models.checkpoint import whole_copy
+from lit_align.models.sharding import is_sharded
 from lit_align.runs import EXPORT
 
 
@@ -25,9 +27,14 @@ class ExportHF(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
         role = next(iter(getattr(pl_module, "trained", ())), None)
-        if role is None or trainer.fast_dev_run or not trainer.is_global_zero:
+        if role is None or trainer.fast_dev_run:
             return
         from lit_align.models.export import export_module
 
-        folder = Path(trainer.default_root_dir) / EXPORT
-        export_module(getattr(pl_module, role), pl_module.tokenizer, folder, self.merge_lora)
+        module = getattr(pl_module, role)
+        if sharded := is_sharded(module):  # all ranks give their parts
+            module = whole_copy(*pl_module.roles()[role])
+        if trainer.is_global_zero:
+            export_module(module, pl_module.tokenizer, Path(trainer.default_root_dir) / EXPORT, self.merge_lora)
+        if sharded:
+            trainer.strategy.barrier()

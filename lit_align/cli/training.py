@@ -25,6 +25,7 @@ from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.keys import class_at
 from lit_align.cli.plugins import import_classes
 from lit_align.cli.resume import FinishedError, check_checkpoint, check_new, find
+from lit_align.strategies import refuse_fsdp1  # and registers fsdp2
 
 TRAINER_DEFAULTS = {
     # The data modules plan which rank works on what; Lightning's sampler would shuffle and shard once more.
@@ -160,6 +161,7 @@ class AlignCLI(LightningCLI):
         config = self.command_config
         hand_over_tokenizer(config)
         with _building(self.packages):
+            refuse_fsdp1(config["trainer"].get("strategy"))
             self.run_dir = self._settle_run_dir(config)
         _point_wandb_at(config["trainer"].get("logger"), self.run_dir)
 

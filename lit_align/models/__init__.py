@@ -2,7 +2,6 @@
 
 from lit_align.models import attention
 from lit_align.models.forward import (
-    base_model,
     example_loss,
     hidden_states,
     scalar_at_ends,
@@ -14,6 +13,7 @@ from lit_align.models.forward import (
     token_stats,
 )
 from lit_align.models.head import TokenStats
+from lit_align.models.modes import base_model
 
 __all__ = [
     "TokenStats",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
 from lit_align.models.modes import dropout_settings, has_adapters
 from lit_align.models.scalar import HEAD, install_head
 from lit_align.models.source import ModelSource
+from lit_align.sharded_checkpoint import META, read_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,16 +65,37 @@ def checkpoint_entry(
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The entry and the state dict of a checkpoint; nothing pickled in it is executed.
 
+    A folder, which a sharded run wrote, is read as one; its list of contents is a pickle of torch's own format, so it
+    has to come from somebody whom you trust.
+
     Raises:
-        ValueError: When it is no file, or none that a stage of this library wrote.
+        ValueError: When there is nothing, or nothing that a stage of this library wrote.
     """
-    if not Path(path).is_file():
-        kind = "a folder (a sharded checkpoint)" if Path(path).is_dir() else "nothing"
+    if (Path(path) / META).is_file():
+        checkpoint = read_whole(Path(path), optimizers=False)
+    elif Path(path).is_file():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    else:
+        kind = "a folder that no sharded run wrote" if Path(path).is_dir() else "nothing"
         raise ValueError(f"checkpoint: expected a .ckpt file; {path} is {kind}")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if ENTRY not in checkpoint:
         raise ValueError(f"{path}: no stage of lit_align wrote this checkpoint (it has no entry {ENTRY!r})")
     return checkpoint[ENTRY], checkpoint["state_dict"]
+
+
+def whole_copy(source: ModelSource, model: nn.Module) -> PreTrainedModel | PeftModel | None:
+    """A sharded network as a whole one on the CPU; all ranks have to call it.
+
+    Returns:
+        The copy on rank 0, None on all others.
+    """
+    first, state = distributed.get_rank() == 0, {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time
+        if first:
+            state[f"copy.{name}"] = whole.detach().cpu().clone()
+    described = describe(source, model)
+    return rebuild({"roles": {"copy": described}, "fingerprints": {}}, state, "copy") if first else None
 
 
 def rebuild(entry: dict[str, Any], state: Mapping[str, Tensor], role: str) -> PreTrainedModel | PeftModel:

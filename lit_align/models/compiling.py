@@ -10,19 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from lit_align.models.attention import PACKED, packed_attention
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the trunk, as the architecture names them.
-
-    Raises:
-        ValueError: It does not.
-    """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} does not say what its layers are")
-    return layers
+from lit_align.models.layers import decoder_layers
 
 
 def compile_layers(model: PreTrainedModel) -> None:

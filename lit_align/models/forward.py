@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from lit_align.batch import MicroBatch, example_parts, token_parts
 from lit_align.models.attention import PACKED, marker
 from lit_align.models.head import LossOfPart, TokenStats, head_logps, head_loss, head_stats
+from lit_align.models.modes import base_model
 from lit_align.models.projection import chunk_rows
+from lit_align.models.sharding import through_root
 from lit_align.models.unpacking import rectangle, tell_unpacked
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of the adapters' wrapper if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -53,6 +50,7 @@ def _last_hidden(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, **la
     )
 
 
+@through_root
 def token_loss(
     model: nn.Module,
     batch: MicroBatch,
@@ -78,12 +76,14 @@ def token_loss(
     return head_loss(base_model(model), _predicting(model, batch), parts, loss_of, temperature, entropy_gradient)
 
 
+@through_root
 def example_loss(model: nn.Module, batch: MicroBatch, loss_of: LossOfPart) -> Tensor:
     """A loss that is a sum over examples: as `token_loss`, but each part holds whole examples (`example_parts`)."""
     parts = example_parts(batch, _rows(model, batch))
     return head_loss(base_model(model), _predicting(model, batch), parts, loss_of)
 
 
+@through_root
 def token_stats(
     model: nn.Module, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> TokenStats:
@@ -131,6 +131,7 @@ def sequence_lengths(batch: MicroBatch) -> Tensor:
     return ones.new_zeros(batch.num_sequences).index_add(0, batch.scored.sequences, ones)
 
 
+@through_root
 def scalar_at_ends(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The scalar head's value at the last real token of each sequence, float32 [S].
 
@@ -140,6 +141,7 @@ def scalar_at_ends(model: nn.Module, batch: MicroBatch) -> Tensor:
     return _scalar(model, hidden_states(model, batch)[batch.ends])
 
 
+@through_root
 def scalar_at_sources(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The scalar head's value at the state before each scored token, float32 [N]: a critic's V_t."""
     return _scalar(model, hidden_states(model, batch)[batch.scored.sources])

@@ -13,6 +13,8 @@ from lit_align.models.packable import is_packable
 from lit_align.models.pretrained import read_pretrained, refuse_missing
 from lit_align.models.scalar import HEAD, align_padding, install_head
 from lit_align.models.scratch import fresh_config
+from lit_align.models.sharding import shard
+from lit_align.models.slices import hide_slices
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import load_tokenizer
 
@@ -74,7 +76,7 @@ def load_scalar_model(source: ModelSource, name: str = "model") -> PreTrainedMod
 
 
 def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTrainedModel | PeftModel:
-    """Readies a freshly built model for training as its source says.
+    """Readies a freshly built model for training as its source says, and shards it if networks are to be sharded.
 
     Args:
         model: With all its weights; it is changed in place.
@@ -91,7 +93,10 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         enable({"use_reentrant": False})
     if source.compile:
         compile_layers(model)
-    return (model if source.lora is None else add_adapters(model, source.lora, kind)).train()
+    slices = hide_slices(model)
+    adapted = model if source.lora is None else add_adapters(model, source.lora, kind)
+    shard(model, slices)  # with its adapters: a layer is one group
+    return adapted.train()
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:

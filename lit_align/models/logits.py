@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lit_align.models.layers import is_plain_linear
 from lit_align.models.modes import evaluating
+from lit_align.models.sharding import through_root
 
 log = getLogger(__name__)
 
@@ -66,7 +68,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     with torch.autocast(hidden.device.type, enabled=False):
-        if isinstance(head, torch.nn.Linear) and type(head) is torch.nn.Linear:
+        if is_plain_linear(head):
             bias = None if head.bias is None else head.bias.float()
             logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
         else:
@@ -80,6 +82,11 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+@through_root
+def _known_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compares `head_logits` with the model's own logits on four tokens, once, when a policy is built.
@@ -89,10 +96,10 @@ def check_head(model: PreTrainedModel) -> None:
     """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model):
-        own = model(input_ids=ids, use_cache=False).logits[0].float()
-        known = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        own, known = logits.float(), _known_logits(model, ids)
     # The model's own head may work in bfloat16, which has 8 bits.
-    tolerance = 1e-4 if model.get_output_embeddings().weight.dtype == torch.float32 else 3e-2
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
     difference = float((own - known).abs().max() / own.abs().max().clamp(min=1e-30))
     if not difference <= tolerance:
         raise ValueError(

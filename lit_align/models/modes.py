@@ -17,6 +17,11 @@ def has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def base_model(model: nn.Module) -> Any:
+    """The transformers model itself, out of the adapters' wrapper if there is one."""
+    return model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability of the model to 0; its adapters' and its attention's are among them.
 
@@ -32,12 +37,12 @@ def disable_dropout(model: nn.Module) -> None:
     if config is not None:
         # Some architectures (Falcon, Persimmon) read their configuration anew in every forward.
         settings = dropout_settings(model) | _zero(config.get_text_config())
-        setattr(_base(model), REMEMBERED, settings)
+        setattr(base_model(model), REMEMBERED, settings)
 
 
 def dropout_settings(model: nn.Module) -> dict[str, float]:
     """What the configuration said before `disable_dropout`; empty when nothing was changed."""
-    return dict(getattr(_base(model), REMEMBERED, {}))
+    return dict(getattr(base_model(model), REMEMBERED, {}))
 
 
 @contextmanager
@@ -50,10 +55,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if has_adapters(model) else model
 
 
 def _zero(owner: object) -> dict[str, float]:

@@ -18,6 +18,8 @@ from lit_align.models.adapters import is_adapter_folder, is_tuner_layer, merge_a
 from lit_align.models.gguf import forget_gguf, gguf_options
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.scalar import HEAD, head_in_float32, install_head
+from lit_align.models.sharding import current_sharding
+from lit_align.models.slices import of_all_ranks, reading_slices
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import first_line
 
@@ -28,9 +30,12 @@ HEADS = (f"{HEAD}.", "lm_head.")
 
 
 def read_pretrained(
-    auto_class: Any, source: ModelSource, name: str = "model", **extra: Any
+    auto_class: Any, source: ModelSource, name: str = "model", whole: bool = False, **extra: Any
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model that `source.path` holds; an adapter comes folded into its base.
+
+    Where networks are to be sharded each rank reads its slices alone; a GGUF file, and an adapter with its base, are
+    read whole by every rank.
 
     Pickled weights are read with `weights_only=True`, as transformers does by itself.
 
@@ -38,6 +43,7 @@ def read_pretrained(
         auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
         source: Whose path, revision, dtype and trust count.
         name: What the user calls the source; it starts the messages.
+        whole: Read whole weights in any case.
         **extra: For the configuration (`num_labels`).
 
     Returns:
@@ -49,16 +55,17 @@ def read_pretrained(
     if is_adapter_folder(source.location[0]):
         return _read_adapter(auto_class, source, name, **extra)
     try:
-        model, report = _from_pretrained(auto_class, source, **extra)
+        model, report = _from_pretrained(auto_class, source, whole, **extra)
     except (OSError, ValueError) as error:
         where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
         raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error
     if any(is_tuner_layer(module) for module in model.modules()):
         raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
     for key, stored, expected in sorted(report["mismatched_keys"]):
+        part = "" if whole or current_sharding() is None else " (the rows of one rank)"
         raise ValueError(
             f"{name}.path: {key} in {source.path!r} has shape {tuple(stored)}; "
-            f"{type(model).__name__} expects {tuple(expected)}"
+            f"{type(model).__name__} expects {tuple(expected)}{part}"
         )
     if unexpected := [key for key in report["unexpected_keys"] if not key.startswith(HEADS)]:
         some = ", ".join(sorted(unexpected)[:3])
@@ -73,15 +80,26 @@ def refuse_missing(missing: set[str], source: ModelSource, name: str = "model") 
         raise ValueError(f"{name}.path: {source.path!r} lacks {len(missing)} weights of the model ({some}, ...)")
 
 
-def _from_pretrained(auto_class: Any, source: ModelSource, **extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    auto_class: Any, source: ModelSource, whole: bool, **extra: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     folder, gguf_file = source.location
     assert folder is not None, "validate() was called"
     options = {"revision": source.revision or "main", "trust_remote_code": source.trust_remote_code, **extra}
     options |= gguf_options(gguf_file) if gguf_file else {}
-    with quiet_loading(), nullcontext() if gguf_file else _head_in_float32(auto_class, folder, options):
+    head = nullcontext() if gguf_file else _head_in_float32(auto_class, folder, options)
+    slices = None if whole or gguf_file else current_sharding()
+    with quiet_loading(), head, reading_slices(slices.mesh) if slices else nullcontext({}) as sliced:
         model, report = auto_class.from_pretrained(
-            folder, dtype=source.torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder,
+            dtype=source.torch_dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+            **sliced,
         )
+    if sliced:  # a weight of another shape need not be seen in every rank's slice of it
+        report["mismatched_keys"] = of_all_ranks(report["mismatched_keys"])
     if gguf_file:
         forget_gguf(model)
     return model, report
@@ -104,7 +122,7 @@ def _read_adapter(auto_class: Any, source: ModelSource, name: str, **extra: Any)
         base_source = ModelSource(
             path=path, revision=revision, dtype=source.dtype, trust_remote_code=source.trust_remote_code
         )
-        base, absent = read_pretrained(auto_class, base_source.validate(name), name, **extra)
+        base, absent = read_pretrained(auto_class, base_source.validate(name), name, whole=True, **extra)
         missing.update(absent)
         if auto_class is AutoModelForSequenceClassification:
             install_head(base, fresh=False)  # in float32 before the adapter's head is written into it

@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from lit_align.models.layers import is_plain_linear
 
 BLOCK = 2048
 """Entries of the vocabulary at a time on a CPU: a block of a few hundred rows then stays in its cache."""
@@ -85,7 +87,7 @@ class Projection:
 def plain_projection(model: PreTrainedModel, temperature: float) -> Projection | None:
     """The model's projection; None where its head is more than a matrix and a bias (adapters on it, quantised)."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not is_plain_linear(head):
         return None
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     return Projection(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_align.models.load import load_causal_lm
 from lit_align.models.modes import disable_dropout, evaluating, has_adapters
+from lit_align.models.sharding import is_sharded
 from lit_align.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -44,8 +45,19 @@ def make_reference(
     if has_adapters(policy):
         return None
     if policy_source.config is not None:
-        return freeze(deepcopy(policy))
+        return freeze(_copy(policy, policy_source.frozen()))
     return freeze(load_causal_lm(policy_source.frozen(), "policy"))
+
+
+@torch.no_grad()
+def _copy(policy: nn.Module, source: ModelSource) -> nn.Module:
+    if not is_sharded(policy):
+        return deepcopy(policy)
+    with torch.random.fork_rng():  # shards cannot be copied as a whole; the new model's own weights do not matter
+        copy = load_causal_lm(source, "policy")
+    for new, old in zip(copy.parameters(), policy.parameters(), strict=True):
+        new.copy_(old)
+    return copy
 
 
 def freeze(model: Network) -> Network:

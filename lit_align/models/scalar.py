@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_align.models.slices import HEAD, make_whole
 from lit_align.models.tokens import separate_pad_token
-
-HEAD = "score"
 
 
 class ScalarHead(nn.Linear):
@@ -78,6 +77,7 @@ def align_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     pad_token_id = separate_pad_token(tokenizer)
     config = model.config.get_text_config()
     if pad_token_id >= config.vocab_size:
+        make_whole(model.get_input_embeddings())
         model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().get_parameter("weight")[pad_token_id].zero_()  # never attended to

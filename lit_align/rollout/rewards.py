@@ -60,7 +60,7 @@ def function_scores(
 ) -> Tensor:
     """Sum of the functions' weighted scores, float32 [S]; prompts, answers and records are S each."""
     scores = torch.zeros(len(answers))
-    if functions:
+    if functions and answers:
         prompts = [tokenizer.decode(ids) for ids in prompt_ids]
         texts = [tokenizer.decode(answer.input_ids, skip_special_tokens=True) for answer in answers]
         for function in functions:

@@ -1,4 +1,8 @@
-"""Reading numbers off networks for answers that have been sampled: one forward per micro-batch, no gradient."""
+"""Reading numbers off networks for answers that have been sampled: one forward per micro-batch, no gradient.
+
+Ranks have answers of their own, and as many micro-batches as these make: a sharded network is gathered once, before.
+All ranks have to ask for the same numbers, those without answers too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from lit_align.batch import Example, LayOut, MicroBatch, StepTotals, pack
 from lit_align.models import scalar_at_ends, scalar_at_sources, sequence_lengths, token_logps
 from lit_align.models.modes import evaluating
+from lit_align.models.sharding import unsharded
 
 SCORED_TOKENS = 8192
 """Unique tokens that are scored side by side, unless a stage says otherwise."""
@@ -60,15 +65,15 @@ def answer_values(model: nn.Module, batches: Sequence[MicroBatch]) -> list[Tenso
 @torch.no_grad()
 def answer_rewards(model: nn.Module, batches: Sequence[MicroBatch]) -> Tensor:
     """The reward model's value at each answer's last token, float32 [S], on the CPU."""
-    with evaluating(model):
-        return torch.cat([scalar_at_ends(model, batch) for batch in batches]).cpu()
+    with unsharded(model), evaluating(model):
+        return torch.cat([torch.zeros(0), *(scalar_at_ends(model, batch).cpu() for batch in batches)])
 
 
 @torch.no_grad()
 def _per_sequence(
     read: Callable[[MicroBatch], Tensor], model: nn.Module, batches: Sequence[MicroBatch]
 ) -> list[Tensor]:
-    with evaluating(model):
+    with unsharded(model), evaluating(model):
         return [
             row
             for batch in batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,6 +16,20 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, str]:
         own = {k: group[k] for k, v in optimizer.defaults.items() if group[k] != v}
         settings |= {f"{k} of group {number}": str(v) for k, v in own.items()}
     return settings
+
+
+def check_takes_shards(optimizer: Optimizer) -> None:
+    """Refuses an optimizer that cannot work on sharded weights.
+
+    Raises:
+        ValueError: It is one of bitsandbytes', whose kernels take whole tensors alone.
+    """
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"optimizer: bitsandbytes' {type(optimizer).__name__} cannot work on sharded weights (strategy fsdp2); use "
+            "torch.optim.AdamW, whose states are sharded too, or one device or strategy ddp"
+        )
 
 
 class WarmupConstant(LambdaLR):

@@ -16,6 +16,7 @@ from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.logits import check_head
 from lit_align.models.modes import has_adapters
 from lit_align.models.reference import reference_mode
+from lit_align.models.sharding import unsharded
 from lit_align.models.source import ModelSource
 from lit_align.rollout.engines import Decode, Engine
 from lit_align.rollout.experience import as_examples
@@ -79,7 +80,9 @@ class PolicyStage(Stage):
     ) -> list[tuple[Answer, ...]]:
         """Samples answers to each prompt from the policy as it is; see `Engine`. No other place calls an engine."""
         prompts = [ids.to(self.device) for ids in prompt_ids]
-        with uncompiled(self.policy):
+        with uncompiled(self.policy), unsharded(self.policy):  # on all ranks, those without prompts too
+            if not prompts:
+                return []
             return self.engine(self.policy, prompts, num_answers, self.stop_ids, sampling or self.sampling, noise)
 
     def answer(self, prompt_ids: Sequence[Tensor], sampling: Sampling | None = None) -> list[Answer]:

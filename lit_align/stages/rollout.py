@@ -109,8 +109,7 @@ class RolloutStage(ReferencedStage):
         return with_tokens(trajectories, rollout, **numbers)
 
     def _trajectories(self, batch: PromptBatch, number: int) -> list[Trajectory]:
-        if not len(batch):
-            return []
+        # A rank without prompts goes along: networks that are sharded are gathered by all ranks.
         with self._phase("rollout", number):
             answers = self._sampled(batch, number)
         with self._phase("scoring", number):
@@ -120,7 +119,8 @@ class RolloutStage(ReferencedStage):
         n = self.ppo.num_answers
         asked = zip(batch.indices.tolist(), batch.repeats or [0] * len(batch), strict=True)
         keys = [(self.rollout_seed, number, *prompt, answer) for prompt in asked for answer in range(n)]
-        answers = self.answers(batch.prompt_ids, n, noise=answer_noise(keys, self.sampling.max_new_tokens))
+        noise = answer_noise(keys, self.sampling.max_new_tokens) if keys else None
+        answers = self.answers(batch.prompt_ids, n, noise=noise)
         if number:
             self.rollout_counts.update(rollout_counts(batch.prompt_ids, answers))
         return answers
@@ -128,11 +128,11 @@ class RolloutStage(ReferencedStage):
     def _scored(self, batch: PromptBatch, answers: list[tuple[Answer, ...]]) -> list[Trajectory]:
         prompts, n, temperature = list(batch.prompt_ids), self.ppo.num_answers, self.sampling.temperature
         examples, budget = as_examples(prompts, answers), self.ppo.scoring_max_tokens
-        packed = list(micro_batches(examples, budget, self.device, self.lay_out))
+        packed = list(micro_batches(examples, budget, self.device, self.lay_out)) if examples else []
         scores = answer_scores(
             self.reward_model, self.reward_functions, self.tokenizer, prompts, answers, batch.records, packed
         )
-        scores = self.ppo.final_scores(scores, [a.finished for group in answers for a in group]).split(n)
+        scores = self.ppo.final_scores(scores, [a.finished for group in answers for a in group]).reshape(-1, n)
         logps = [tuple(answer.logps for answer in group) for group in answers]
         if self.ppo.recomputes_logps:
             logps = _split(answer_logps(self.policy, packed, temperature), n)
@@ -162,9 +162,10 @@ class RolloutStage(ReferencedStage):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Records reward, KL, share of finished answers and length of one answer to each held-out prompt."""
-        if len(batch) == 0:  # this rank has no share of the last, smaller batch
+        trajectories = self._trajectories(batch, number=0)
+        if not trajectories:  # this rank has no share of the last, smaller batch
             return
-        rollout = as_rollout(self._trajectories(batch, number=0))
+        rollout = as_rollout(trajectories)
         count = len(rollout.scores)
         self.record(
             reward=(rollout.scores.sum(), count),

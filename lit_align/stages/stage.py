@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from lit_align.models.modes import has_adapters
 from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
-from lit_align.stages.optim import optimizer_settings
+from lit_align.stages.optim import check_takes_shards, optimizer_settings
 from lit_align.stages.progress import (
     announce_epoch_end,
     begin_next_epoch,
@@ -68,7 +69,9 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The configured optimizer, and its schedule over the steps of the run."""
         optimizer = self.optimizer(self.parameter_groups())
-        self._check_same_optimizer(optimizer)
+        check_takes_shards(optimizer)
+        self._optimizer_settings = optimizer_settings(optimizer)
+        self._check_same_optimizer()
         scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -118,6 +121,7 @@ class Stage(LightningModule):
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self._log("train", self.train_means.compute())
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: the ranks' parts put together
             self.log("train/grad_norm", norm.detach())
         self.train_means.reset()
 
@@ -185,13 +189,14 @@ class Stage(LightningModule):
         entry, roles = checkpoint.get(ENTRY, {}), self.roles()
         check_same_networks(entry, self.name, roles, self.tokenizer, self.fingerprints())
         self._stored_optimizer = entry.get("optimizer")
+        self._check_same_optimizer()  # sharded, the optimizer is there before the checkpoint is read
         before = entry.get("micro_batches")
         if before is not None and self._trainer is not None:
             recount(checkpoint, before, self.trainer.accumulate_grad_batches)
 
-    def _check_same_optimizer(self, optimizer: Optimizer) -> None:
+    def _check_same_optimizer(self) -> None:
         """Refuses other settings than the run began with: those of the checkpoint would be used, without a word."""
-        now = self._optimizer_settings = optimizer_settings(optimizer)
+        now = self._optimizer_settings
         stored = self._stored_optimizer or now
         if changed := [k for k in now if k in stored and stored[k] != now[k]]:
             raise ValueError(

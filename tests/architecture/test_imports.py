@@ -15,10 +15,11 @@ INNER = {
     "lit_align.losses": (),
     "lit_align.batch": (),
     "lit_align.rollout.advantages": ("lit_align.losses",),
-    "lit_align.models": ("lit_align.batch",),
+    "lit_align.models": ("lit_align.batch", "lit_align.sharded_checkpoint"),
     "lit_align.rollout": ("lit_align.batch", "lit_align.losses", "lit_align.models"),
     "lit_align.stages": ("lit_align.batch", "lit_align.losses", "lit_align.models", "lit_align.rollout"),
     "lit_align.runs": (),
+    "lit_align.sharded_checkpoint": (),
     "lit_align.pipeline": ("lit_align.runs",),
     "lit_align.machine": (),
     "lit_align.callbacks": (
@@ -37,6 +38,7 @@ OUTER = {
     "lit_align.batch": {"torch", "numpy"},
     "lit_align.rollout.advantages": {"torch"},
     "lit_align.runs": set(),
+    "lit_align.sharded_checkpoint": {"torch"},
     "lit_align.pipeline": set(),
     "lit_align.machine": {"torch"},
 }

@@ -1,6 +1,6 @@
 """Trains on two ranks of which one gets a SIGTERM in the sanity check; started by the test under torchrun.
 
-usage: stop_early.py MODEL FOLDER RANK
+usage: stop_early.py MODEL FOLDER RANK STRATEGY
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 import conftest as made
 
+from lit_align import strategies  # noqa: F401 (registers fsdp2)
 from lit_align.callbacks import Preemption
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitSFT
@@ -34,12 +35,12 @@ class Terminated(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(model: str, folder: str, rank: str) -> None:
+def main(model: str, folder: str, rank: str, strategy: str) -> None:
     """Leaves a file named after the step at which this rank stopped."""
     trainer = Trainer(
         **made.QUIET,
         devices=2,
-        strategy="ddp",
+        strategy=strategy,
         max_epochs=1,
         num_sanity_val_steps=1,
         limit_val_batches=1,

@@ -1,7 +1,7 @@
 """The same ten optimizer steps on real records, split in many ways; what comes out is compared with the whole.
 
-usage: splits.py DATA MODEL OUT [--devices N --accumulate K]   every stage; under torchrun if N > 1, one file a rank
-       splits.py DATA MODEL OUT --table                        the table of the documentation, and OUT as JSON
+usage: splits.py DATA MODEL OUT [--devices N --accumulate K --strategy S]      every stage; under torchrun if N > 1
+       splits.py DATA MODEL OUT --table      the table of the documentation, and OUT as JSON
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 import lit_align.losses as losses  # noqa: E402
 from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule  # noqa: E402
+from lit_align import strategies  # noqa: E402, F401 (registers fsdp2)
 from lit_align.models.source import ModelSource  # noqa: E402
 from lit_align.rollout.estimators import GAE  # noqa: E402
 from lit_align.rollout.rewards import RewardFunction  # noqa: E402
@@ -53,6 +55,7 @@ class Split:
         name: In the table.
         accumulate: Micro-batches per rank.
         devices: Processes.
+        strategy: How they share the work.
         data: Settings of the data module.
         model: Settings of the networks.
     """
@@ -60,6 +63,7 @@ class Split:
     name: str
     accumulate: int = 1
     devices: int = 1
+    strategy: str = "ddp"
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +75,11 @@ SPLITS = (
     Split("padded, left, 3 micro-batches", accumulate=3, data={"layout": "padded", "padding_side": "left"}),
     Split("activation checkpointing", model={"gradient_checkpointing": True}),
 )
-RANKS = (Split("2 processes", devices=2), Split("2 processes, 4 micro-batches each", accumulate=4, devices=2))
+RANKS = (
+    Split("2 processes", devices=2),
+    Split("2 processes, 4 micro-batches each", accumulate=4, devices=2),
+    Split("2 processes, sharded, 4 micro-batches each", accumulate=4, devices=2, strategy="fsdp2"),
+)
 FEW = {"batch_size": 5}
 """Fewer examples than there are parts: some micro-batches hold nothing."""
 EMPTY = Split("8 micro-batches of 5 examples, 3 of them empty", accumulate=8, data=FEW)
@@ -127,7 +135,7 @@ def run(stage: str, data: Path, model: str, split: Split, loss: str | None = Non
     trainer = Trainer(
         accelerator="cpu",
         devices=split.devices,
-        strategy="ddp" if split.devices > 1 else "auto",
+        strategy=split.strategy if split.devices > 1 else "auto",
         accumulate_grad_batches=split.accumulate,
         max_steps=STEPS,
         logger=False,
@@ -140,7 +148,8 @@ def run(stage: str, data: Path, model: str, split: Split, loss: str | None = Non
         gradient_clip_val=1.0,
     )
     trainer.fit(module, datamodule=data_of(stage, data, model, split))
-    return {"logged": logged, "weights": module.state_dict()}
+    weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.state_dict().items()}
+    return {"logged": logged, "weights": weights}
 
 
 def difference(whole: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -183,6 +192,7 @@ def run_on_ranks(data: Path, model: str, split: Split) -> dict[str, dict[str, An
                 out,
                 f"--devices={split.devices}",
                 f"--accumulate={split.accumulate}",
+                f"--strategy={split.strategy}",
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -238,12 +248,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
         table(args.data, args.model, args.out)
         return
-    split = Split("", args.accumulate, args.devices)
+    split = Split("", args.accumulate, args.devices, args.strategy)
     results = {stage: run(stage, args.data, args.model, split) for stage in STAGES}
     torch.save(results, f"{args.out}.{os.environ.get('RANK', 0)}")
 

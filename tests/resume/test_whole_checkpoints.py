@@ -1,16 +1,22 @@
 """A checkpoint is written whole or not at all; what was left half written is passed over, with a line saying so."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align import runs
-from lit_align.checkpoint_io import WholeCheckpointIO
+from lit_align.checkpoint_io import WholeCheckpointIO, WholeFolder
+from lit_align.sharded_checkpoint import read_whole, write_shards
 
 WRITER = """
 import sys, torch
@@ -69,3 +75,89 @@ def test_a_checkpoint_lies_on_the_disk_under_its_own_name_alone(tmp_path):
     WholeCheckpointIO().save_checkpoint({"n": 1}, tmp_path / "deep" / "a.ckpt")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.ckpt"]
     assert zipfile.is_zipfile(tmp_path / "deep" / "a.ckpt")
+
+
+FOLDER_WRITER = """
+import sys, torch
+from pathlib import Path
+from lit_align.checkpoint_io import WholeFolder
+from lit_align.sharded_checkpoint import write_shards
+big = torch.zeros(4_000_000)
+for n in range(1000):
+    folder = WholeFolder(Path(sys.argv[1]) / "one.ckpt")
+    folder.begin()
+    folder.finish(write_shards(folder.part, {"state_dict": {"big": big + n}, "n": n}, []))
+"""
+
+
+def test_a_kill_while_a_sharded_checkpoint_is_written_leaves_the_older_one(tmp_path, repository):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", FOLDER_WRITER, str(folder)], cwd=repository)
+    deadline = time.monotonic() + 100
+    while not ((folder / "one.ckpt").exists() and any((folder / f"one.ckpt{runs.PART}").glob("*.distcp"))):
+        assert time.monotonic() < deadline and process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _check_content(runs.last_checkpoint(tmp_path))
+
+
+def _check_content(path, n=None):
+    content = read_whole(path)
+    assert bool((content["state_dict"]["big"] == content["n"]).all()) and n in (None, content["n"])
+
+
+def _write_folder(path, n):
+    folder = WholeFolder(path)
+    folder.begin()
+    folder.finish(write_shards(folder.part, {"state_dict": {"big": torch.zeros(10) + n}, "n": n}, []))
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_between_any_two_changes_of_names_there_is_a_whole_checkpoint(cut, tmp_path, monkeypatch):
+    """One of the same name is there already: a run writes it twice when a signal comes at the wrong moment."""
+    path, calls = tmp_path / "checkpoints" / "step000004.ckpt", []
+    path.parent.mkdir()
+    _write_folder(path, 1)
+
+    class Killed(BaseException):
+        """In the place of a signal."""
+
+    def until(real):
+        def call(*args, **kwargs):
+            calls.append(real)
+            if len(calls) > cut:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (shutil, "rmtree"), (os, "fsync")):
+            patch.setattr(owner, name, until(getattr(owner, name)))
+        with suppress(Killed, CheckpointException):  # torch wraps what is raised in its own writing
+            _write_folder(path, 2)
+    _check_content(runs.last_checkpoint(tmp_path))
+    _write_folder(path, 3)  # what was left lying about is no hindrance
+    _check_content(path, 3)
+    assert [left.name for left in path.parent.iterdir()] == [path.name]
+
+
+def test_half_of_a_removed_folder_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoints" / "a.ckpt"
+    path.parent.mkdir()
+    _write_folder(path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    WholeCheckpointIO().remove_checkpoint(path)
+    with pytest.raises(ValueError, match=r"holds no whole \*.ckpt"):
+        runs.last_checkpoint(tmp_path)
+
+
+def test_a_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path):
+    path = tmp_path / "a.ckpt"
+    WholeCheckpointIO().save_checkpoint({"n": 0}, path)
+    _write_folder(path, 1)
+    assert WholeCheckpointIO().load_checkpoint(path)["n"] == 1
+    WholeCheckpointIO().save_checkpoint({"n": 2}, path)
+    assert WholeCheckpointIO().load_checkpoint(path)["n"] == 2
+    assert [left.name for left in tmp_path.iterdir()] == ["a.ckpt"]
