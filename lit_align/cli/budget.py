@@ -146,8 +146,8 @@ def _rollout(situation: Situation) -> dict[str, int]:
     logits = shape.vocabulary * FLOAT * (rollout.prompts + 2 * rollout.rows)
     cast = shape.vocabulary * shape.width * FLOAT if shape.element == 2 else 0
     return {
-        "keys and values of answers": kv_bytes(shape, rollout.rows, columns, situation.mixed),
-        "keys and values of prompts": kv_bytes(shape, rollout.prompts, rollout.prompt, situation.mixed),
+        "keys and values of answers": kv_bytes(shape, rollout.rows, columns),
+        "keys and values of prompts": kv_bytes(shape, rollout.prompts, rollout.prompt),
         "logits": logits + cast,
         **(_copies(situation, role) if situation.sharded else {}),
     }

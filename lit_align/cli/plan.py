@@ -10,7 +10,7 @@ import re
 import sys
 from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
 from argparse import Namespace as Options
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -19,14 +19,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from lit_align.callbacks.figures import compute_dtype
-from lit_align.cli.budget import Budget, budget_of, remedies, sent_bytes
+from lit_align.cli.budget import budget_of
 from lit_align.cli.data import device_count
 from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
+from lit_align.cli.plan_text import head_lines, memory_lines, remedy_lines, sent_lines, time_lines, work_lines
 from lit_align.cli.plugins import import_classes
-from lit_align.cli.situation import Situation, roles_of
+from lit_align.cli.situation import Role, Situation, roles_of
 from lit_align.cli.training import AlignCLI, ConfigError
-from lit_align.cli.workload import Data, Workload, seconds, step_flops
+from lit_align.cli.workload import Data, seconds, step_flops
 from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
@@ -47,7 +48,6 @@ configurations of the networks are read. Training data is tokenised only if it i
 MARGIN = 0.92
 """Share of a device's memory that may be planned with: the rest is for what libraries hold and for fragments."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-UNKNOWN = "not known: the run's device is not in this machine; give --rate and --bandwidth"
 
 
 def run(args: Sequence[str]) -> int:
@@ -187,13 +187,22 @@ def _is_sharded(strategy: Any) -> bool:
 def _plan(cli: PlanCLI, options: Options) -> int:
     situation, data = situation_of(cli.stage, cli.data, cli.trainer_settings)
     budget, load = budget_of(situation), data.workload(cli.trainer_settings)
-    precision = cli.trainer_settings.get("precision") or "32-true"
-    memory = options.memory or _device_memory(situation)
-    lines = [*_head_lines(situation, str(precision)), *_memory_lines(budget, memory)]
-    lines += [*_sent_lines(situation), *_work_lines(situation, cli.stage, load)]
-    lines += _time_lines(situation, cli.stage, data, load, str(precision), options)
+    precision = str(cli.trainer_settings.get("precision") or "32-true")
+    memory, machine = options.memory or _device_memory(situation), _machine(situation, precision, options)
+    moved = sum(_moved(situation, role) for role in situation.trained)
+    moved //= situation.devices if situation.sharded else 1
+    found = None if machine is None else seconds(situation, cli.stage, data, load, machine, moved)
+    lines = [
+        *head_lines(situation, precision),
+        *memory_lines(budget, memory),
+        *sent_lines(situation),
+        *work_lines(load, step_flops(situation, cli.stage).of(load.work)),
+        *time_lines(load, found, machine, options.share),
+    ]
     fits = memory is None or budget.peak <= MARGIN * memory
-    print("\n".join(lines if fits else [*lines, *_remedy_lines(situation, budget, memory)]))
+    if not fits:
+        lines += remedy_lines(situation, budget.peak, memory, MARGIN)
+    print("\n".join(lines))
     return 0 if fits else 1
 
 
@@ -201,82 +210,6 @@ def _device_memory(situation: Situation) -> int | None:
     if situation.device == "cpu":  # its ranks share the host's
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // situation.devices
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def _head_lines(situation: Situation, precision: str) -> Iterator[str]:
-    way = (
-        "alone"
-        if situation.devices == 1
-        else "fsdp2, everything in shards"
-        if situation.sharded
-        else "ddp, a copy each"
-    )
-    kind = {"cpu": "CPU", "cuda": "GPU"}[situation.device]
-    yield f"plan: {situation.stage} on {situation.devices} x {kind} ({way}), precision {precision}"
-    for role in situation.roles:
-        weights, dtype = role.weights, str(next(role.model.parameters()).dtype).removeprefix("torch.")
-        whole = sum(p.numel() for p in role.model.parameters())
-        yield f"  {role.name:<13} {whole / 1e6:,.1f}M parameters in {dtype}, {weights.trained / 1e6:,.1f}M trained"
-    load = situation.largest()
-    yield f"  largest micro-batch: {load.tokens:,} positions, {load.scored:,} scored tokens"
-
-
-def _memory_lines(budget: Budget, memory: int | None) -> Iterator[str]:
-    yield "\nmemory of each device"
-    for name, size in budget.held.items():
-        yield _row(name, size)
-    for phase, parts in budget.phases.items():
-        peak = phase == budget.peak_phase
-        yield f"  + {phase}{' (most is held here)' if peak else ''}: {size_text(sum(parts.values()))}"
-        yield from (_row(f"  {name}", size) for name, size in parts.items())
-    share = "; of the device's nothing is known: give --memory" if memory is None else _share(budget.peak, memory)
-    yield f"  peak {size_text(budget.peak)}{share}"
-
-
-def _share(peak: int, memory: int) -> str:
-    return f", {peak / memory:.0%} of {size_text(memory)}"
-
-
-def _sent_lines(situation: Situation) -> Iterator[str]:
-    for name, size in sent_bytes(situation).items():
-        yield f"  each device sends a step: {size_text(size)} ({name})"
-
-
-def _work_lines(situation: Situation, stage: Stage, load: Workload) -> Iterator[str]:
-    flops, work = step_flops(situation, stage).of(load.work), load.work
-    yield f"\nwork ({load.note})"
-    yield f"  a step: {work.examples:,.1f} examples, {work.tokens:,.0f} tokens, {flops:.3g} model FLOPs, all devices"
-    epoch = "" if load.per_epoch is None else f"{load.per_epoch:,} steps an epoch"
-    if load.steps is None:
-        yield f"  the run: steps not known{f'; {epoch}' if epoch else ''}; give trainer.max_steps"
-        return
-    whole = f"{load.steps:,} steps, {load.steps * work.tokens:.3g} tokens, {load.steps * flops:.3g} model FLOPs"
-    yield f"  the run: {whole}{f'; {epoch}' if epoch else ''}"
-
-
-def _time_lines(
-    situation: Situation, stage: Stage, data: Data, load: Workload, precision: str, options: Options
-) -> Iterator[str]:
-    machine = _machine(situation, precision, options)
-    if machine is None:
-        yield f"\ntime: {UNKNOWN}"
-        return
-    rates = f"{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.bytes_per_second / 1e9:,.1f} GB/s a device"
-    yield f"\ntime ({rates}; what devices send is not in it)"
-    moved = sum(_moved(situation, role) for role in situation.trained)
-    found = seconds(situation, stage, data, load, machine, moved // (situation.devices if situation.sharded else 1))
-    rows = {"a step": found.step, "a rollout": found.rollout}
-    if load.steps is not None:
-        rollouts = load.steps / load.per_epoch if found.rollout and load.per_epoch else 0
-        rows["the run"] = load.steps * found.step + rollouts * found.rollout
-    for name, floor in rows.items():
-        if floor:
-            yield f"  {name}: at least {time_text(floor)}; {time_text(floor / options.share)} at {options.share:g} of it"
-
-
-def _moved(situation: Situation, role: Any) -> int:
-    trained = [p for p in role.model.parameters() if p.requires_grad]
-    return update_bytes(trained, int(sum(p.numel() * situation.state(p.dtype) for p in trained)))
 
 
 def _machine(situation: Situation, precision: str, options: Options) -> Machine | None:
@@ -289,28 +222,6 @@ def _machine(situation: Situation, precision: str, options: Options) -> Machine 
     return Machine(options.rate or here.flops_per_second, options.bandwidth or here.bytes_per_second)
 
 
-def _remedy_lines(situation: Situation, budget: Budget, memory: int) -> Iterator[str]:
-    yield f"\nWARNING: {size_text(budget.peak)} do not fit in {MARGIN:.0%} of {size_text(memory)}. What needs less:"
-    yield f"  {'':<58}{'alone':>12}{'with those above':>20}"
-    for remedy in remedies(situation):
-        alone, together = budget_of(remedy.alone).peak, budget_of(remedy.together).peak
-        marks = [f"{size_text(p)}{' fits' if p <= MARGIN * memory else ''}" for p in (alone, together)]
-        yield f"  {remedy.option:<58}{marks[0]:>12}{marks[1]:>20}"
-
-
-def _row(name: str, size: int) -> str:
-    return f"  {name:<52}{size_text(size):>12}"
-
-
-def size_text(size: float) -> str:
-    """Bytes in words."""
-    unit = next((u for u in ("TiB", "GiB", "MiB") if size >= UNITS[u[:-1].lower()]), "KiB")
-    return f"{size / UNITS[unit[:-1].lower()]:,.4g} {unit}"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds in words."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= size * (2 if unit != "s" else 1):
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1000:.3g} ms"
+def _moved(situation: Situation, role: Role) -> int:
+    trained = [p for p in role.model.parameters() if p.requires_grad]
+    return update_bytes(trained, int(sum(p.numel() * situation.state(p.dtype) for p in trained)))

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import nn
 
-from lit_align.models.memory import Shape, Weights, shape_of, weights_of
 from lit_align.models.meta import meta_network
 from lit_align.models.reference import freeze
+from lit_align.models.shapes import Shape, Weights, shape_of, weights_of
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitDPO, LitPPO, LitReward
 from lit_align.stages.policy import PolicyStage
@@ -160,7 +159,7 @@ def roles_of(stage: Stage, half: bool) -> tuple[Role, ...]:
         roles.append(Role("policy", stage.policy_source, "causal", True, half))
     else:
         raise ValueError(
-            f"model: `plan` knows the stages of lit_align and what is derived from them, got {_name(stage)}"
+            f"model: `plan` knows lit_align's stages and what is derived of them, got {type(stage).__name__}"
         )
     if isinstance(stage, LitPPO) and stage.estimator.needs_critic:
         roles.append(Role("critic", stage.critic_source, "scalar", True, half))
@@ -177,7 +176,3 @@ def holds_reference(stage: LitDPO | LitPPO) -> bool:
     if not stage.has_reference or getattr(stage, "cached", None) is not None:
         return False
     return stage.reference_source is not None or stage.policy_source.lora is None
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__

@@ -1,4 +1,4 @@
-"""How much work a configuration is: steps, tokens, micro-batches, model FLOPs, and how long a machine takes at least."""
+"""How much work a configuration is: steps, tokens, micro-batches, model FLOPs, and the least time that it takes."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _rollout_seconds(situation: Situation, stage: LitPPO, data: Data, machine: M
     work = Work(*(value * share for value in whole))
     sampling = forward_flops(policy.model).of(work) / machine.flops_per_second
     rounds = math.ceil(answers / rollout.rows) * rollout.answer
-    cache = kv_bytes(policy.shape, rollout.rows, rollout.prompt + rollout.answer // 2, situation.mixed)
+    cache = kv_bytes(policy.shape, rollout.rows, rollout.prompt + rollout.answer // 2)
     reading = rounds * (policy.weights.total_bytes + cache) / machine.bytes_per_second
     scoring = sum(
         forward_flops(role.model, "ends" if role.kind == "scalar" and not role.trained else "scored").of(work)

@@ -1,4 +1,4 @@
-"""Networks without weights: shapes, data types and what is trained, on the meta device; only configurations are read."""
+"""Networks without weights, on the meta device: shapes, data types, what is trained; only configurations are read."""
 
 from __future__ import annotations
 
