@@ -194,15 +194,20 @@ class Remedy:
     together: Situation
 
 
-def remedies(situation: Situation) -> Iterator[Remedy]:
-    """Options that are still open, those first that cost least."""
+def remedies(situation: Situation, most: float) -> Iterator[Remedy]:
+    """Options that are still open, those first that cost least.
+
+    Args:
+        situation: As configured.
+        most: Bytes that a device may hold.
+    """
     together = situation
-    for option, change in _changes(situation):
+    for option, change in _changes(situation, most):
         together = change(together)
         yield Remedy(option, change(situation), together)
 
 
-def _changes(situation: Situation) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
+def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
     main = situation.trained[0]
     if not all(role.source.gradient_checkpointing for role in situation.trained):
         name = " and ".join(f"{role.name}.gradient_checkpointing" for role in situation.trained)
@@ -212,12 +217,23 @@ def _changes(situation: Situation) -> Iterator[tuple[str, Callable[[Situation], 
     if main.source.lora is None:
         yield f"{main.name}.lora: {{r: 16}}", _with_lora
     if situation.stage == "dpo" and any(role.name == "reference" for role in situation.roles):
-        yield "reference_cache: true", _without_reference
+        yield "reference_cache: true", lambda s: replace(s, roles=tuple(r for r in s.roles if r.name != "reference"))
     if not (situation.sharded and situation.devices > 1):
-        number = situation.devices if situation.devices > 1 else 4
-        yield f"strategy: fsdp2 over {number} devices", lambda s: replace(s, sharded=True, devices=number)
+        number = situation.devices if situation.devices > 1 else _enough_devices(situation, most)
+        yield f"strategy: fsdp2 over {number} devices", lambda s: _in_shards(s, number)
     if situation.state(torch.float32) > 2 * EIGHT_BIT:
         yield "optimizer: bitsandbytes.optim.AdamW8bit", lambda s: replace(s, state=lambda dtype: EIGHT_BIT)
+
+
+def _in_shards(situation: Situation, number: int) -> Situation:
+    parts = situation.devices * situation.accumulate  # of a step, as before
+    return replace(situation, sharded=True, devices=number, accumulate=-(-parts // number))
+
+
+def _enough_devices(situation: Situation, most: float) -> int:
+    """The smallest of 2, 4, ... 64 on which it fits in shards; 64 if it fits on none."""
+    numbers = (2, 4, 8, 16, 32, 64)
+    return next((n for n in numbers if budget_of(_in_shards(situation, n)).peak <= most), numbers[-1])
 
 
 def _with_lora(situation: Situation) -> Situation:
@@ -226,7 +242,3 @@ def _with_lora(situation: Situation) -> Situation:
     # With adapters off the policy is its own reference.
     roles = tuple(r for r in changed.roles if r.name != "reference" or r.source.to_dict() != own)
     return replace(changed, roles=roles, lora=True)
-
-
-def _without_reference(situation: Situation) -> Situation:
-    return replace(situation, roles=tuple(r for r in situation.roles if r.name != "reference"))

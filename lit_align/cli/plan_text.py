@@ -96,7 +96,7 @@ def remedy_lines(situation: Situation, peak: int, memory: int, margin: float) ->
     """What would need less memory, alone and on top of each other."""
     yield f"\nWARNING: it will not fit: {size_text(peak)} are more than {margin:.0%} of {size_text(memory)}."
     yield f"  {'what needs less':<60}{'peak alone':>16}{'and those above':>20}"
-    for remedy in remedies(situation):
+    for remedy in remedies(situation, memory * margin):
         alone, together = (_mark(budget_of(s).peak, memory * margin) for s in (remedy.alone, remedy.together))
         yield f"  {remedy.option:<60}{alone:>16}{together:>20}"
 
