@@ -5,6 +5,12 @@ Adding one: break a line in a way that a person might, and name the test whose j
 
 from __future__ import annotations
 
-from tests.mutation import edits_advantages, edits_losses, edits_preference, edits_rollout
+from tests.mutation import edits_advantages, edits_losses, edits_memory, edits_preference, edits_rollout
 
-EDITS = [*edits_losses.EDITS, *edits_preference.EDITS, *edits_advantages.EDITS, *edits_rollout.EDITS]
+EDITS = [
+    *edits_losses.EDITS,
+    *edits_preference.EDITS,
+    *edits_advantages.EDITS,
+    *edits_rollout.EDITS,
+    *edits_memory.EDITS,
+]
