@@ -123,7 +123,7 @@ def _opened(data: AlignDataModule, measured: dict[str, Measured], report: CheckR
     opened._prepared = {split: Tokenised(found.rows, found.report, parts) for split, found in usable.items()}  # type: ignore[arg-type]
     opened.datasets = {}
     try:
-        with _without_report():
+        with without_report():
             opened.setup(None)
     except ValueError as error:  # a share that cannot be held out, say
         report.problems.append(str(error))
@@ -131,7 +131,7 @@ def _opened(data: AlignDataModule, measured: dict[str, Measured], report: CheckR
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """`setup` logs what became of the records; a check says it itself."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level

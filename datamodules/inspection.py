@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.check_report import CheckReport
+    from datamodules.costing import TrainCost
     from datamodules.views import Preview
 
 
 class Inspection:
-    """The methods behind `lit-align data check` and `lit-align data preview`, for `AlignDataModule`."""
+    """The methods behind `lit-align data check`, `data preview` and `plan`, for `AlignDataModule`."""
 
     def check(self, limit: int = 20, *, world_size: int = 1, micro_batches: int = 1) -> CheckReport:
         """Reads and tokenises every configured split to its end and says what is wrong with it and what it costs.
@@ -52,3 +53,15 @@ class Inspection:
 
         module: Any = self
         return preview(module, n, split, world_size=world_size, micro_batches=micro_batches)
+
+    def train_cost(self, *, world_size: int = 1, micro_batches: int = 1) -> TrainCost | None:
+        """What the first epoch of training holds; None where that would take long to find out.
+
+        Args:
+            world_size: Ranks that would share each step.
+            micro_batches: Micro-batches that each rank would accumulate (`accumulate_grad_batches`).
+        """
+        from datamodules.costing import train_cost
+
+        module: Any = self
+        return train_cost(module, world_size=world_size, micro_batches=micro_batches)

@@ -105,14 +105,7 @@ def tokenise(
         DataError: A fault, if `on_error` is "raise"; an example that does not fit, if `overlong` is "raise".
         ValueError: No record is left.
     """
-    parts = {
-        "version": VERSION,
-        "data": [source.fingerprint() for source in sources],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "settings": {"encoder": type(encoder).__name__, "on_error": on_error, **encoder.settings()},
-    }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_folder(cache_dir) / key
+    folder, parts = entry_of(sources, encoder, tokenizer, on_error, cache_dir)
     cached = (folder / "report.json").is_file()
     if not cached:
         _build(folder, sources, Guard(encoder, on_error), num_proc, name)
@@ -121,6 +114,20 @@ def tokenise(
     report = SplitReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     report.cached = cached
     return Tokenised(Rows(datasets.load_from_disk(str(folder / "rows"))), report, parts)
+
+
+def entry_of(
+    sources: Sequence[Source], encoder: Encoder, tokenizer: PreTrainedTokenizerBase, on_error: OnError, root: str | None
+) -> tuple[Path, dict[str, Any]]:
+    """Where rows are kept, and what they depend on (see `Tokenised.parts`); arguments as in `tokenise`."""
+    parts = {
+        "version": VERSION,
+        "data": [source.fingerprint() for source in sources],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "settings": {"encoder": type(encoder).__name__, "on_error": on_error, **encoder.settings()},
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder(root) / key, parts
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:

@@ -16,6 +16,7 @@ train and use one stage (LightningCLI; see COMMAND --help):
 
 before a run:
   data       check every record, or preview what the model will see:  lit-align data check --config configs/sft.yaml
+  plan       what each device will hold and send, and how long it takes:  lit-align plan --config configs/dpo.yaml
   check      whether the update depends on how its work is split:  lit-align check --config configs/dpo.yaml
 
 around the stages:
@@ -27,7 +28,8 @@ TRAINING = ("fit", "validate", "test", "predict")
 PLAIN = ("pipeline", "export")
 DATA = ("data",)
 CHECK = ("check",)
-COMMANDS = (*TRAINING, *PLAIN, *DATA, *CHECK)
+PLAN = ("plan",)
+COMMANDS = (*TRAINING, *PLAIN, *DATA, *CHECK, *PLAN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lit_align.cli.data import run
     elif args[0] in CHECK:
         from lit_align.cli.check import run
+    elif args[0] in PLAN:
+        from lit_align.cli.plan import run
     else:
         from lit_align.cli.plain import run
     return run(args)

@@ -95,7 +95,7 @@ class DataCLI(AlignCLI):
     def share(self) -> dict[str, int]:
         """Ranks and micro-batches that would share a step, as the trainer's settings say."""
         trainer = self.command_config["trainer"]
-        ranks = _devices(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
+        ranks = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
         return {"world_size": ranks, "micro_batches": trainer.get("accumulate_grad_batches") or 1}
 
 
@@ -151,7 +151,7 @@ def _method(data: LightningDataModule, name: str) -> Callable[..., Any]:
     return method
 
 
-def _devices(devices: Any, accelerator: str | None) -> int:
+def device_count(devices: Any, accelerator: str | None) -> int:
     """How many devices of this machine Lightning would take; "auto" is counted here and now."""
     here = 1 if accelerator == "cpu" else torch.cuda.device_count() or 1
     if isinstance(devices, (list, tuple)):

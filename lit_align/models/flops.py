@@ -81,7 +81,7 @@ def _flops(model: nn.Module, head_at: str, adapters: bool, frozen: int, trained:
     def passes(weight: Tensor) -> int:
         return trained if weight.requires_grad else frozen
 
-    matrices = _matrices(inner.base_model, _active_share(inner.config.get_text_config()), adapters)
+    matrices = _matrices(inner.base_model, active_share(inner.config.get_text_config()), adapters)
     token = sum(2.0 * size * passes(weight) for size, weight in matrices)
     output = inner.get_output_embeddings()
     weight = _scalar_weight(inner) if output is None else output.weight
@@ -108,7 +108,7 @@ def _size(module: nn.Module | None, weight: Tensor) -> int:
     return module.in_features * module.out_features if known else weight.numel()  # type: ignore[union-attr]
 
 
-def _active_share(config: Any) -> float:
+def active_share(config: Any) -> float:
     """Share of its experts that a token meets; 1 without experts."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((number for name in names if (number := getattr(config, name, None))), None)

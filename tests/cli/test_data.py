@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_align.cli.data import USAGE, _devices
+from lit_align.cli.data import USAGE, device_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -167,13 +167,13 @@ def test_a_preview_of_faulty_data_stops_as_a_run_would(cli, sft, lines):
     [(3, "cpu", 3), ("2", "gpu", 2), ([0, 3], "gpu", 2), ("0,1,2", "gpu", 3), ("auto", "cpu", 1), (-1, "cpu", 1)],
 )
 def test_ranks_are_counted_as_the_trainer_would(devices, accelerator, count):
-    assert _devices(devices, accelerator) == count
+    assert device_count(devices, accelerator) == count
 
 
 def test_all_devices_of_the_machine_are_at_least_one(monkeypatch):
     for here, count in ((0, 1), (4, 4)):
         monkeypatch.setattr("torch.cuda.device_count", lambda here=here: here)
-        assert _devices("auto", "auto") == count and _devices("auto", "cpu") == 1
+        assert device_count("auto", "auto") == count and device_count("auto", "cpu") == 1
 
 
 def test_fit_keeps_what_became_of_the_records_in_the_run_folder(cli, sft, lines, tiny_model):

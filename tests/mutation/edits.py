@@ -5,7 +5,14 @@ Adding one: break a line in a way that a person might, and name the test whose j
 
 from __future__ import annotations
 
-from tests.mutation import edits_advantages, edits_forward, edits_losses, edits_preference, edits_rollout
+from tests.mutation import (
+    edits_advantages,
+    edits_forward,
+    edits_losses,
+    edits_memory,
+    edits_preference,
+    edits_rollout,
+)
 
 EDITS = [
     *edits_losses.EDITS,
@@ -13,4 +20,5 @@ EDITS = [
     *edits_advantages.EDITS,
     *edits_rollout.EDITS,
     *edits_forward.EDITS,
+    *edits_memory.EDITS,
 ]

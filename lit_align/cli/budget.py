@@ -1,0 +1,244 @@
+"""From a situation to bytes: what each device holds at its peak, what it sends, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lit_align.cli.situation import Role, Situation
+from lit_align.models.memory import (
+    FLOAT,
+    HeadBytes,
+    all_gather_bytes,
+    all_reduce_bytes,
+    head_bytes,
+    kv_bytes,
+    trunk_bytes,
+)
+from lit_align.models.projection import BLOCK
+from lit_align.models.source import LoraSettings
+
+EIGHT_BIT = 2 + 2 * FLOAT / 256
+"""Bytes a weight of two moments in 8 bits, with a scale for each block of 256."""
+READ_EVERY, SLACK = {"cpu": 1, "cuda": 16}, 128
+"""Columns to spare in the cache of `Decode`."""
+
+
+@dataclass
+class Budget:
+    """Bytes of one device.
+
+    Attributes:
+        held: What stays from step to step, by name.
+        phases: What comes on top, by phase and by name; only one phase is at a time.
+    """
+
+    held: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return sum(self.held.values()) + sum(self.phases[self.peak_phase].values())
+
+
+def budget_of(situation: Situation) -> Budget:
+    """Adds up what a device holds; the terms are explained in docs/plan.md."""
+    budget, shards = Budget(), situation.devices if situation.sharded else 1
+    for role in situation.roles:
+        weights = role.weights
+        budget.held[f"{role.name}, trained weights"] = weights.trained_bytes // shards
+        budget.held[f"{role.name}, frozen weights"] = weights.frozen_bytes // shards
+    budget.held |= _update_state(situation, shards)
+    budget.phases["forward and loss"] = _forward(situation)
+    budget.phases["backward"] = _backward(situation)
+    budget.phases["update"] = {"copies that the optimizer makes": _spare(situation) // shards}
+    if situation.rollout is not None:
+        budget.phases["rollout"] = _rollout(situation)
+        budget.phases["scoring"] = _scoring(situation)
+    budget.held = {name: size for name, size in budget.held.items() if size}
+    budget.phases = {p: {n: size for n, size in parts.items() if size} for p, parts in budget.phases.items()}
+    return budget
+
+
+def _update_state(situation: Situation, shards: int) -> dict[str, int]:
+    gradients = sum(role.weights.trained_bytes for role in situation.trained)
+    # What FSDP2 adds up over micro-batches is whole: it is only shared out with the last of them.
+    whole = situation.sharded and situation.accumulate > 1
+    state = sum(_state(situation, role) for role in situation.trained)
+    return {
+        "gradients": gradients if whole else gradients // shards,
+        "optimizer state": int(state / shards),
+        "buckets of the all-reduce": gradients if situation.devices > 1 and not situation.sharded else 0,
+    }
+
+
+def _state(situation: Situation, role: Role) -> float:
+    trained = (p for p in role.model.parameters() if p.requires_grad)
+    return sum(p.numel() * situation.state(p.dtype) for p in trained)
+
+
+def _spare(situation: Situation) -> int:
+    trained = [p for role in situation.trained for p in role.model.parameters() if p.requires_grad]
+    sizes = [p.numel() * p.element_size() for p in trained]
+    return sum(sizes) if situation.spare else 0
+
+
+def _forward(situation: Situation) -> dict[str, int]:
+    load, parts = situation.largest(), {}
+    head = _head(situation, situation.trained[0])
+    for role in situation.trained:
+        source = role.source
+        frozen = source.lora is not None
+        tokens = trunk_bytes(role.shape, load.tokens, situation.mixed, frozen, source.gradient_checkpointing)
+        parts[f"activations of the {role.name}"] = tokens
+        parts |= _copies(situation, role)
+    parts["hidden states of scored tokens"] = head.states
+    parts["head: gradient of its weight"] = head.gradient
+    if len(situation.trained) > 1:  # the critic's forward comes after the policy's head
+        critic = situation.trained[1]
+        tail = parts.pop(f"activations of the {critic.name}")
+        parts["head: chunk, or the critic's activations"] = max(head.chunk, tail)
+    else:
+        parts["head: chunk of the vocabulary"] = head.chunk
+    return parts
+
+
+def _head(situation: Situation, role: Role) -> HeadBytes:
+    load = situation.largest()
+    part = load.part if situation.stage == "dpo" else 0
+    return head_bytes(role.shape, load.scored, situation.device, situation.mixed, role.weights.head, part)
+
+
+def _copies(situation: Situation, role: Role) -> dict[str, int]:
+    """16-bit copies of the matrices under autocast, or what FSDP2 has gathered."""
+    weights = role.weights
+    if not situation.sharded or situation.devices == 1:
+        return {f"16-bit copies of the {role.name}'s matrices": 2 * weights.matrices if situation.mixed else 0}
+    narrow = 2 / FLOAT if situation.mixed else 1
+    root = weights.total_bytes - weights.layer_bytes * role.shape.layers
+    return {f"gathered weights of the {role.name}": int((root + 2 * weights.layer_bytes) * narrow)}
+
+
+def _backward(situation: Situation) -> dict[str, int]:
+    """Its end: all gradients are there, and the table's comes as a whole matrix beside the head's."""
+    parts, shared = {}, situation.sharded and situation.devices > 1
+    for role in situation.trained:
+        table = role.weights.table * role.shape.element
+        parts[f"gradient of the {role.name}'s embeddings"] = table * (2 if shared and role.weights.head else 1)
+        parts |= _copies(situation, role) if shared else {}
+    return parts
+
+
+def _rollout(situation: Situation) -> dict[str, int]:
+    rollout, role = situation.rollout, situation.trained[0]
+    assert rollout is not None
+    spare = READ_EVERY[situation.device] + SLACK * rollout.waiting
+    columns = rollout.prompt + rollout.answer + spare
+    shape = role.shape
+    logits = shape.vocabulary * FLOAT * (rollout.prompts + 2 * rollout.rows)
+    cast = shape.vocabulary * shape.width * FLOAT if shape.element == 2 else 0
+    return {
+        "keys and values of answers": kv_bytes(shape, rollout.rows, columns),
+        "keys and values of prompts": kv_bytes(shape, rollout.prompts, rollout.prompt),
+        "logits": logits + cast,
+        **(_copies(situation, role) if situation.sharded else {}),
+    }
+
+
+def _scoring(situation: Situation) -> dict[str, int]:
+    rollout = situation.rollout
+    assert rollout is not None
+    tokens = min(rollout.scoring_tokens, max(rollout.prompts, 1) * rollout.prompt + rollout.rows * rollout.answer)
+    shape = max((role.shape for role in situation.roles), key=lambda s: s.width)
+    compute = 2 if situation.mixed else shape.element
+    layer = tokens * (2 * shape.width * shape.element + 3 * shape.inner * compute)
+    block = BLOCK if situation.device == "cpu" else shape.vocabulary
+    rows = min(tokens, 1024 if situation.device == "cpu" else 4096)
+    return {"one layer at a time": layer, "head: a block of the vocabulary": 2 * rows * block * FLOAT}
+
+
+def sent_bytes(situation: Situation) -> dict[str, int]:
+    """Bytes that one device sends for each optimizer step, by collective; nothing for one device."""
+    n = situation.devices
+    if n == 1:
+        return {}
+    numbers = [role.weights for role in situation.trained]
+    if not situation.sharded:
+        return {"all-reduce of gradients": all_reduce_bytes(sum(w.trained_bytes for w in numbers), n)}
+    narrow, gathered, reduced = 2 / FLOAT if situation.mixed else 1, 0.0, 0
+    for role in situation.roles:
+        weights, layers = role.weights, role.weights.layer_bytes * role.shape.layers
+        # Layers are gathered for the forward and once more for the backward pass, the rest stays.
+        gathered += (weights.total_bytes + layers * role.trained) * narrow
+        reduced += weights.trained_bytes if role.trained else 0
+    return {
+        "all-gather of weights": situation.accumulate * all_gather_bytes(int(gathered), n),
+        "reduce-scatter of gradients": all_gather_bytes(reduced, n),
+    }
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """An option that needs less memory: its name, what it would be alone, and with all before it."""
+
+    option: str
+    alone: Situation
+    together: Situation
+
+
+def remedies(situation: Situation, most: float) -> Iterator[Remedy]:
+    """Options that are still open, those first that cost least.
+
+    Args:
+        situation: As configured.
+        most: Bytes that a device may hold.
+    """
+    together = situation
+    for option, change in _changes(situation, most):
+        together = change(together)
+        yield Remedy(option, change(situation), together)
+
+
+def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
+    main = situation.trained[0]
+    if not all(role.source.gradient_checkpointing for role in situation.trained):
+        name = " and ".join(f"{role.name}.gradient_checkpointing" for role in situation.trained)
+        yield f"{name}: true", lambda s: s.with_sources(lambda source: replace(source, gradient_checkpointing=True))
+    if situation.most > situation.accumulate:
+        yield f"accumulate_grad_batches: {situation.most}", lambda s: replace(s, accumulate=situation.most)
+    if main.source.lora is None:
+        yield f"{main.name}.lora: {{r: 16}}", _with_lora
+    if situation.stage == "dpo" and any(role.name == "reference" for role in situation.roles):
+        yield "reference_cache: true", lambda s: replace(s, roles=tuple(r for r in s.roles if r.name != "reference"))
+    if not (situation.sharded and situation.devices > 1):
+        number = situation.devices if situation.devices > 1 else _enough_devices(situation, most)
+        yield f"strategy: fsdp2 over {number} devices", lambda s: _in_shards(s, number)
+    if situation.state(torch.float32) > 2 * EIGHT_BIT:
+        yield "optimizer: bitsandbytes.optim.AdamW8bit", lambda s: replace(s, state=lambda dtype: EIGHT_BIT)
+
+
+def _in_shards(situation: Situation, number: int) -> Situation:
+    parts = situation.devices * situation.accumulate  # of a step, as before
+    return replace(situation, sharded=True, devices=number, accumulate=-(-parts // number))
+
+
+def _enough_devices(situation: Situation, most: float) -> int:
+    """The smallest of 2, 4, ... 64 on which it fits in shards; 64 if it fits on none."""
+    numbers = (2, 4, 8, 16, 32, 64)
+    return next((n for n in numbers if budget_of(_in_shards(situation, n)).peak <= most), numbers[-1])
+
+
+def _with_lora(situation: Situation) -> Situation:
+    own = situation.trained[0].source.frozen().to_dict()
+    changed = situation.with_sources(lambda source: replace(source, lora=source.lora or LoraSettings()))
+    # With adapters off the policy is its own reference.
+    roles = tuple(r for r in changed.roles if r.name != "reference" or r.source.to_dict() != own)
+    return replace(changed, roles=roles, lora=True)

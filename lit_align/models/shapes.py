@@ -1,0 +1,167 @@
+"""What of a network decides how much memory it takes: its widths, and the sizes of its parameters; on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_align.models.adapters import is_tuner_layer
+from lit_align.models.flops import active_share
+from lit_align.models.forward import base_model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a network decides how much it keeps.
+
+    Attributes:
+        layers: Decoder layers.
+        width: H, of a hidden state.
+        queries: Width of all query heads together; that of attention's output.
+        keys: Width of all key heads together.
+        head: Width of one head.
+        inner: Width of the feed-forward part; with experts, of those that a token meets together.
+        gated: Whether the feed-forward part multiplies two projections.
+        steps: Tensors that its activation function keeps: 1, or 4 where it is written out in single operations.
+        norms: Norms of width H in a layer.
+        head_norms: Norms of single heads in a layer, of queries and of keys.
+        rms: Whether norms are RMSNorms, made of single operations; else one LayerNorm operation.
+        fan_in: Sum of the input widths of a layer's matrices.
+        adapted: Sum of the input widths of those that carry adapters.
+        rank: Sum of their ranks.
+        vocabulary: V; 0 = the head is a scalar.
+        element: Bytes of a weight of the trunk.
+    """
+
+    layers: int
+    width: int
+    queries: int
+    keys: int
+    head: int
+    inner: int
+    gated: bool
+    steps: int
+    norms: int
+    head_norms: int
+    rms: bool
+    fan_in: int
+    adapted: int
+    rank: int
+    vocabulary: int
+    element: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sizes of a network's parameters, a shared one counted once.
+
+    Attributes:
+        trained: Numbers that are trained.
+        trained_bytes: Their bytes.
+        frozen_bytes: Bytes of all others.
+        matrices: Numbers in the matrices of the layers: what autocast copies.
+        layer_bytes: Bytes of one layer.
+        table: Numbers of the trained embedding table; 0 = it is frozen.
+        head: Numbers of the trained vocabulary projection; 0 = it is frozen, or there is none.
+    """
+
+    trained: int
+    trained_bytes: int
+    frozen_bytes: int
+    matrices: int
+    layer_bytes: int
+    table: int
+    head: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all parameters."""
+        return self.trained_bytes + self.frozen_bytes
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """Reads the shape of a causal language model or scalar model, with adapters or without, on any device."""
+    inner: Any = base_model(model)
+    config = inner.config.get_text_config()
+    layers = _layers(inner, config.num_hidden_layers)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    matrices = list(_matrices(layers[0]))
+    norms = [module for module in layers[0].modules() if _is_norm(module)]
+    wide = [norm for norm in norms if norm.weight.numel() == config.hidden_size]
+    adapted = [module for module in layers[0].modules() if is_tuner_layer(module)]
+    output = inner.get_output_embeddings()
+    return Shape(
+        layers=len(layers),
+        width=config.hidden_size,
+        queries=heads * size,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
+        head=size,
+        inner=_inner(config),
+        gated=any("gate" in name.split(".")[-1] for name, _ in layers[0].named_modules() if "experts" not in name)
+        or active_share(config) < 1,
+        steps=4 if any("NewGELU" in type(module).__name__ for module in layers[0].modules()) else 1,
+        norms=len(wide),
+        head_norms=len(norms) - len(wide),
+        rms=not any(isinstance(norm, nn.LayerNorm) for norm in norms),
+        fan_in=sum(fan_in for fan_in, _ in matrices),
+        adapted=sum(layer.in_features for layer in adapted),
+        rank=sum(sum(layer.r.values()) for layer in adapted),
+        vocabulary=0 if output is None else output.weight.shape[0],
+        element=next(layers[0].parameters()).element_size(),
+    )
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Counts the parameters of a network on any device."""
+    inner: Any = base_model(model)
+    layers = _layers(inner, inner.config.get_text_config().num_hidden_layers)
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    trained_bytes = sum(map(_bytes, trained))
+    table, output = inner.get_input_embeddings().weight, inner.get_output_embeddings()
+    return Weights(
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=trained_bytes,
+        frozen_bytes=sum(map(_bytes, parameters)) - trained_bytes,
+        matrices=sum(weight.numel() for layer in layers for _, weight in _matrices(layer)),
+        layer_bytes=sum(map(_bytes, layers[0].parameters())),
+        table=table.numel() if table.requires_grad else 0,
+        head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
+    )
+
+
+def _layers(inner: Any, number: int) -> nn.ModuleList:
+    found = [m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    if not found:
+        raise ValueError(f"{type(inner).__name__}: found no list of {number} layers, so its memory cannot be planned")
+    return found[0]
+
+
+def _matrices(layer: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """Input width and weight of each matrix of a layer; what adapters add is left out."""
+    for name, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        if ".lora_" in name or is_tuner_layer(module) or not isinstance(weight, Tensor) or weight.ndim != 2:
+            continue
+        yield getattr(module, "in_features", weight.shape[0]), weight
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
+
+
+def _inner(config: Any) -> int:
+    names = ("intermediate_size", "n_inner", "ffn_dim")
+    size = next((found for name in names if (found := getattr(config, name, None))), 4 * config.hidden_size)
+    if active_share(config) == 1:
+        return size
+    return (getattr(config, "moe_intermediate_size", None) or size) * config.num_experts_per_tok
+
+
+def _bytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()

@@ -1,0 +1,229 @@
+"""`plan` says what a configuration will take, and loads nothing for it."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+
+from lit_align.cli.plan_text import size_text, time_text
+
+MIB = 2**20
+
+
+@pytest.fixture
+def plan(cli, repository, monkeypatch, tmp_path):
+    """Runs `plan` on a configuration of the repository; whatever reads weights fails."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*_, **__):
+        raise AssertionError("weights are read")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+
+    def run(stage, *options):
+        rates = ["--rate=1e11", "--bandwidth=1e10", "--memory=8GiB"]
+        rates = [r for r in rates if not any(o.startswith(r.split("=")[0]) for o in options)]
+        return cli("plan", "--config", f"configs/{stage}.yaml", "--trainer.accelerator=cpu", *rates, *options)
+
+    return run
+
+
+def row(out, name):
+    """Bytes of the row of a name; None if there is none."""
+    match = re.search(rf"^ +{re.escape(name)} +([\d.,]+) ([KMGT]iB)$", out, re.MULTILINE)
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    return None if match is None else float(match[1].replace(",", "")) * units[match[2]]
+
+
+def close(size):
+    return pytest.approx(size, rel=6e-3)
+
+
+@pytest.fixture
+def parameters(repository):
+    """Numbers in the small model that the configurations start from, read from its file's header."""
+    with (repository / "datamodules/demo/assets/sft/model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = [value["shape"] for name, value in header.items() if name != "__metadata__"]
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def test_weights_gradients_and_states_are_those_of_the_file(plan, parameters):
+    status, out, err = plan("sft")
+    assert status == 0, err
+    assert row(out, "policy, trained weights") == row(out, "gradients") == close(4 * parameters)
+    assert row(out, "optimizer state") == close(8 * parameters)
+    assert "policy, frozen weights" not in out and "buckets" not in out
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft", "rm", "dpo", "ppo"])
+def test_every_stage_has_a_plan(plan, stage):
+    status, out, err = plan(stage)
+    assert status == 0, err
+    assert re.search(r"\(the peak\)", out) and "counted from the data" in out
+    assert re.search(r"the run +\d[\d,]* steps", out) and re.search(r"the run +at least \d", out)
+
+
+def test_the_reference_is_a_network_or_nothing(plan, parameters):
+    assert row(plan("dpo")[1], "reference, frozen weights") == close(4 * parameters)
+    assert row(plan("dpo", "--model.reference_cache=true")[1], "reference, frozen weights") is None
+    out = plan("dpo", "--model.policy.lora.r=4")[1]
+    assert row(out, "reference, frozen weights") is None
+    assert row(out, "policy, frozen weights") == close(4 * parameters)
+
+
+def test_ppo_holds_four_networks_and_a_cache(plan):
+    out = plan("ppo")[1]
+    for name in ("policy, trained", "critic, trained", "reference, frozen", "reward_model, frozen"):
+        assert row(out, f"{name} weights") > 0
+    assert row(out, "keys and values of answers") > 0 and "a rollout" in out
+    without = plan("ppo", "--model.estimator=RLOO")[1]
+    assert "critic" not in without.split("memory of each device")[0]
+
+
+def test_micro_batches_are_smaller_and_steps_are_the_same(plan):
+    one, four = plan("sft")[1], plan("sft", "--trainer.accumulate_grad_batches=4")[1]
+    assert row(four, "activations of the policy") < 0.4 * row(one, "activations of the policy")
+    pattern = r"the run +(\d+) steps"
+    assert re.search(pattern, one)[1] == re.search(pattern, four)[1]
+
+
+def test_checkpointing_keeps_less(plan):
+    one, other = plan("sft")[1], plan("sft", "--model.policy.gradient_checkpointing=true")[1]
+    assert row(other, "activations of the policy") < 0.5 * row(one, "activations of the policy")
+
+
+def test_copies_on_several_devices(plan, parameters):
+    out = plan("sft", "--trainer.devices=4", "--trainer.strategy=ddp")[1]
+    assert "on 4 x CPU (ddp: a copy each)" in out
+    assert row(out, "policy, trained weights") == row(out, "buckets of the all-reduce") == close(4 * parameters)
+    assert row(out, "sent for a step: all-reduce of gradients") == close(2 * 4 * parameters * 3 / 4)
+
+
+def test_shards_on_several_devices(plan, parameters):
+    out = plan("sft", "--trainer.devices=2", "--trainer.num_nodes=2", "--trainer.strategy=fsdp2")[1]
+    assert "on 4 x CPU (fsdp2: all networks in shards)" in out
+    assert row(out, "policy, trained weights") == row(out, "gradients") == close(parameters)
+    assert row(out, "optimizer state") == close(2 * parameters)
+    assert row(out, "sent for a step: reduce-scatter of gradients") == close(4 * parameters * 3 / 4)
+    gathered = row(out, "sent for a step: all-gather of weights")
+    assert 4 * parameters * 3 / 4 < gathered < 2 * 4 * parameters * 3 / 4
+    whole = plan("sft", "--trainer.devices=4", "--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=2")[1]
+    assert row(whole, "gradients") == close(4 * parameters)  # added up whole until the last micro-batch
+
+
+def test_weights_in_bfloat16(plan, parameters):
+    for option in ("--model.policy.dtype=bfloat16", "--trainer.precision=bf16-true"):
+        out = plan("sft", option)[1]
+        assert row(out, "policy, trained weights") == close(2 * parameters)
+        assert row(out, "optimizer state") == close(4 * parameters)
+    out = plan("sft", "--trainer.precision=bf16-mixed")[1]
+    assert row(out, "policy, trained weights") == close(4 * parameters)
+    assert 0 < row(out, "16-bit copies of the policy's matrices") < 2 * parameters
+
+
+def test_an_optimizer_without_state(plan):
+    assert (
+        row(plan("sft", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")[1], "optimizer state") is None
+    )
+
+
+def test_what_does_not_fit_gets_a_list_of_what_would(plan):
+    status, out, _ = plan("dpo", "--memory=30MiB")
+    assert status == 1 and "WARNING: it will not fit" in out
+    listed = re.findall(r"^  (\S.*?) {2,}[\d.,]+ [KMG]iB(?: fits)? ", out.split("WARNING")[1], re.MULTILINE)
+    assert [name.split(":")[0] for name in listed] == [
+        "policy.gradient_checkpointing",
+        "accumulate_grad_batches",
+        "policy.lora",
+        "reference_cache",
+        "strategy",
+        "optimizer",
+    ]
+    assert " fits" in out
+    assert plan("dpo", "--memory=100MiB")[0] == 0
+
+
+def test_the_figure_of_a_remedy_is_that_of_the_changed_configuration(plan):
+    out = plan("dpo", "--memory=30MiB")[1]
+    said = re.search(r"gradient_checkpointing: true +([\d.]+ MiB)", out)[1]
+    changed = plan("dpo", "--model.policy.gradient_checkpointing=true")[1]
+    assert re.search(r"peak ([\d.]+ MiB)", changed)[1] == said
+    cached = re.search(r"reference_cache: true +([\d.]+ MiB)", out)[1]
+    assert re.search(r"peak ([\d.]+ MiB)", plan("dpo", "--model.reference_cache=true")[1])[1] == cached
+
+
+def test_steps_follow_epochs_limits_and_the_data(plan):
+    def steps(*options):
+        return int(re.search(r"the run +([\d,]+) steps", plan("dpo", *options)[1])[1].replace(",", ""))
+
+    assert steps() == 94  # max_steps of the file
+    epoch = int(re.search(r"an epoch has (\d+) steps", plan("dpo")[1])[1])
+    assert epoch == 94  # 1500 pairs, 16 a step
+    assert steps("--trainer.max_steps=-1", "--trainer.max_epochs=2") == 2 * epoch
+    assert steps("--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.limit_train_batches=10") == 20
+
+
+def test_data_that_is_too_large_is_not_counted(plan, monkeypatch):
+    monkeypatch.setattr("datamodules.costing.CHEAP", 10)
+    status, out, _ = plan("dpo")
+    assert status == 0 and "not counted: every example as long as it may be (512 tokens a sequence)" in out
+    assert "largest micro-batch of a device: 16,384 positions" in out  # 16 pairs of 2 x 512
+    monkeypatch.undo()
+
+
+def test_tokenised_data_is_counted_however_large(plan, monkeypatch):
+    assert "counted from the data" in plan("dpo")[1]
+    monkeypatch.setattr("datamodules.costing.CHEAP", 10)
+    assert "(counted from the data)" in plan("dpo")[1]
+
+
+def test_time_is_flops_by_the_rate(plan):
+    out = plan("sft", "--rate=5e6", "--bandwidth=1e30", "--share=0.25")[1]
+    flops = float(re.search(r"([\d.e+]+) model FLOPs on all devices", out)[1])
+    floor, share = re.search(r"a step +at least ([\d.]+) min; ([\d.]+) min at a share of 0.25", out).groups()
+    assert float(floor) * 60 == pytest.approx(flops / 5e6, rel=0.01) and float(share) == pytest.approx(
+        4 * float(floor), rel=0.01
+    )
+
+
+def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = cli("plan", "--config", "configs/sft.yaml", "--trainer.accelerator=gpu", "--trainer.devices=2")
+    assert status == 0, err
+    assert "give --rate and --bandwidth" in out and "give --memory" in out
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("--trainer.strategy=deepspeed", "knows auto, ddp and fsdp2"),
+        ("--memory=much", "expected a size such as 80GiB"),
+        ("--rate=0", "expected a number above 0"),
+        ("--model.policy.path=nowhere/at-all", "cannot read a configuration"),
+        ("--model.polic=x", "polic"),
+    ],
+)
+def test_a_wrong_configuration_is_one(plan, option, said):
+    status, _, err = plan("sft", option)
+    assert status == 2 and said in err
+
+
+def test_nothing_is_written_but_the_cache(plan, repository):
+    before = sorted(repository.glob("runs/*/*"))
+    plan("sft")
+    assert sorted(repository.glob("runs/*/*")) == before
+
+
+def test_help_and_the_list_of_commands(cli):
+    assert cli("plan", "--help")[1].startswith("usage: lit-align plan")
+    assert re.search(r"^  plan ", cli("--help")[1], re.MULTILINE)
+
+
+def test_words():
+    assert size_text(1536) == "1.50 KiB" and size_text(80 * 2**30) == "80.0 GiB" and size_text(345.4 * MIB) == "345 MiB"
+    assert time_text(0.0123) == "12.3 ms" and time_text(90) == "90 s" and time_text(7200) == "2 h"
