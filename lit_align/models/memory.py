@@ -154,7 +154,7 @@ def state_per_weight(build: Callable[..., Optimizer], dtype: torch.dtype) -> flo
         build: Makes the optimizer of a list of parameters.
         dtype: Of the weights.
     """
-    probe = nn.Parameter(torch.zeros(128, 128, dtype=dtype))
+    probe = nn.Parameter(torch.zeros(512, 512, dtype=dtype))
     probe.grad = torch.ones_like(probe)
     optimizer = build([probe])
     optimizer.step()
