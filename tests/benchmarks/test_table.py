@@ -49,3 +49,9 @@ def test_curves_stand_beside_their_expectation(tmp_path):
 
 def test_nothing_measured_is_nothing_shown(tmp_path):
     assert render(tmp_path) == ""
+
+
+def test_the_readme_shows_what_was_measured(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    shown = text.split("`python -m benchmarks.table`; a test compares -->\n")[1].split("\n<!-- end of what is rendered")[0]
+    assert shown == render(repository / "benchmarks" / "results")
