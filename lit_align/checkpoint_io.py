@@ -1,8 +1,9 @@
-"""Checkpoints that are written whole or not at all."""
+"""Checkpoints that are written whole or not at all, and read without executing anything."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from lit_align.models.unpickling import nothing_executed
 from lit_align.runs import PART
 
 
@@ -18,6 +20,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     Lightning's own way collects the file in memory and in the system's temporary folder, from where it may have to
     be copied: a kill during the copy leaves half a checkpoint under the final name.
+
+    Nothing pickled is executed: Lightning by itself leaves that to torch's default for files, which an environment
+    variable changes, and executes what it fetches from http addresses.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -34,6 +39,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
         os.replace(part, path)
         _sync_folder(path.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable | None = lambda storage, _: storage, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Reads tensors and plain values alone, unless `weights_only=False` was asked for by name.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
+        with nothing_executed(path):
+            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Rewards over HTTP, against a real server on this machine: what is sent, what is taken, what is refused."""
 
+import gzip
 import logging
 import time
 from types import SimpleNamespace
@@ -102,9 +103,10 @@ def _squeeze(handler):
     """A compressed body, which nobody asked for."""
     handler.send_response(200)
     handler.send_header("Content-Encoding", "gzip")
-    handler.send_header("Content-Length", "4")
+    content = gzip.compress(b"[1, 2, 3]")
+    handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
-    handler.wfile.write(b"\x1f\x8b\x08\x00")
+    handler.wfile.write(content)
 
 
 @pytest.mark.parametrize(
