@@ -111,9 +111,13 @@ def tokenise(
         _build(folder, sources, Guard(encoder, on_error), num_proc, name)
     import datasets
 
-    report = SplitReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    try:
+        report = SplitReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        rows = Rows(datasets.load_from_disk(str(folder / "rows")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: this cache entry is damaged ({error}); delete it, and it is made anew") from error
     report.cached = cached
-    return Tokenised(Rows(datasets.load_from_disk(str(folder / "rows"))), report, parts)
+    return Tokenised(rows, report, parts)
 
 
 def entry_of(

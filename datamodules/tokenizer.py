@@ -39,7 +39,7 @@ def _from_path(source: str) -> PreTrainedTokenizerBase:
     options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     place = str(path.parent) if options else str(path) if path.exists() else source
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all."""
+"""Checkpoints that are written whole or not at all, and read without executing anything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from lit_align.models.unpickling import nothing_executed
 from lit_align.runs import PART
 from lit_align.sharded_checkpoint import META, read_whole
 
@@ -20,6 +21,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     Lightning's own way collects the file in memory and in the system's temporary folder, from where it may have to
     be copied: a kill during the copy leaves half a checkpoint under the final name.
+
+    Nothing pickled is executed: Lightning by itself leaves that to torch's default for files, which an environment
+    variable changes, and executes what it fetches from http addresses.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -37,10 +41,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
         _sync_folder(path.parent)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Reads a file, or a folder that a sharded run wrote, as if it were one; nothing pickled is executed."""
+        """Reads a file, or a folder that a sharded run wrote, as if it were one.
+
+        Tensors and plain values alone are read, unless `weights_only=False` was asked for by name.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
         if _is_local_file_protocol(path) and Path(path).is_dir():
             return read_whole(Path(path))
-        return super().load_checkpoint(path, map_location or _to_cpu, weights_only)
+        with nothing_executed(path):
+            safe = True if weights_only is None else weights_only
+            return super().load_checkpoint(path, map_location or _to_cpu, safe)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a file or a folder; a folder loses its name first, so that half of one is never taken for whole."""

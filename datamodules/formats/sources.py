@@ -115,6 +115,8 @@ def _from_dict(spec: dict) -> tuple[Source, ...]:
     if not isinstance(spec.get("path"), str):
         raise ValueError(f'data source {spec}: expected "path" to name a file, a folder or a dataset')
     weight = _weight(spec)
+    if spec["path"] == "pandas":
+        raise ValueError("data source 'pandas': it reads pickles, which execute what they say; write them as parquet")
     own = ("path", "split", "weight")
     options = {key: value for key, value in spec.items() if key not in own and value is not None}
     files = _files(spec["path"]) if not options and spec.get("split") is None else ()

@@ -15,7 +15,9 @@ from lit_align.cli.errors import explain, message_for_user
 from lit_align.pipeline import pipeline
 
 
-def export(checkpoint: Path, out: Path, role: str | None = None, merge_lora: bool = True) -> None:
+def export(
+    checkpoint: Path, out: Path, role: str | None = None, merge_lora: bool = True, trust_remote_code: bool = False
+) -> None:
     """Turns what was trained into a Hugging Face folder that plain transformers loads.
 
     Args:
@@ -23,6 +25,7 @@ def export(checkpoint: Path, out: Path, role: str | None = None, merge_lora: boo
         out: The folder to write.
         role: Which network of the checkpoint: policy, reward_model or critic; by default the one that the stage trains.
         merge_lora: Fold adapters into their base; false writes the adapter alone.
+        trust_remote_code: Run Python code that comes with the model, if it was trained with such code. Read it first.
     """
     if not checkpoint.exists():
         raise ValueError(f"checkpoint: there is no {checkpoint}; expected a .ckpt, a run folder or a .gguf file")
@@ -37,7 +40,7 @@ def export(checkpoint: Path, out: Path, role: str | None = None, merge_lora: boo
             raise ValueError(
                 f"checkpoint: {found} is no checkpoint, or was cut; a run folder gives its newest whole one"
             )
-        export_checkpoint(str(found), str(out), role, merge_lora)
+        export_checkpoint(str(found), str(out), role, merge_lora, trust_remote_code)
     print(f"wrote {out}")
 
 

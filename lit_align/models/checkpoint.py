@@ -30,6 +30,7 @@ from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
 from lit_align.models.modes import dropout_settings, has_adapters
 from lit_align.models.scalar import HEAD, install_head
 from lit_align.models.source import ModelSource
+from lit_align.models.unpickling import nothing_executed
 from lit_align.sharded_checkpoint import META, read_whole
 
 if TYPE_CHECKING:
@@ -69,12 +70,13 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     has to come from somebody whom you trust.
 
     Raises:
-        ValueError: When there is nothing, or nothing that a stage of this library wrote.
+        ValueError: When there is nothing, nothing that a stage of this library wrote, or something to execute.
     """
     if (Path(path) / META).is_file():
         checkpoint = read_whole(Path(path), optimizers=False)
     elif Path(path).is_file():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with nothing_executed(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     else:
         kind = "a folder that no sharded run wrote" if Path(path).is_dir() else "nothing"
         raise ValueError(f"checkpoint: expected a .ckpt file; {path} is {kind}")
@@ -98,7 +100,9 @@ def whole_copy(source: ModelSource, model: nn.Module) -> PreTrainedModel | PeftM
     return rebuild({"roles": {"copy": described}, "fingerprints": {}}, state, "copy") if first else None
 
 
-def rebuild(entry: dict[str, Any], state: Mapping[str, Tensor], role: str) -> PreTrainedModel | PeftModel:
+def rebuild(
+    entry: dict[str, Any], state: Mapping[str, Tensor], role: str, trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
     """The model of one role, with exactly the weights of the checkpoint.
 
     A checkpoint with all weights needs nothing else. One that holds adapters alone needs the base, which is read
@@ -108,15 +112,23 @@ def rebuild(entry: dict[str, Any], state: Mapping[str, Tensor], role: str) -> Pr
         entry: As `read_checkpoint` returned it.
         state: The checkpoint's state dict; the role's keys start with "<role>.".
         role: Which model.
+        trust_remote_code: Run Python code that comes with the model, if it was trained with such code. The
+            checkpoint's own word for it does not count.
 
     Raises:
-        ValueError: When the role is not there, weights are missing or left over, or the base is another one.
+        ValueError: When the role is not there, weights are missing or left over, the base is another one, or code
+            would have to run that nobody has trusted.
     """
     if role not in entry["roles"]:
         raise ValueError(f"role: expected one of {', '.join(entry['roles'])}; got {role!r}")
     described = entry["roles"][role]
     own = {key.removeprefix(f"{role}."): value for key, value in state.items() if key.startswith(f"{role}.")}
     source = ModelSource.from_dict(described["source"])
+    if source.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"{role}: it was trained with Python code that comes with {source.path!r}, and building it runs that code; "
+            "pass trust_remote_code=true if you have read it"
+        )
     if source.lora is None or any(plain_name(key) for key in own):
         model = _build(described, source)
     else:
@@ -132,11 +144,17 @@ def rebuild(entry: dict[str, Any], state: Mapping[str, Tensor], role: str) -> Pr
 
 
 def restore_tokenizer(entry: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer as it was used in training."""
+    """The tokenizer as it was used in training; Python code among its files is not run.
+
+    Raises:
+        ValueError: A file would lie outside the tokenizer's folder, or the tokenizer needs code of its own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in entry["tokenizer"].items():
+            if Path(name).name != name or name == "..":
+                raise ValueError(f"the checkpoint's tokenizer has a file {name!r}; expected a name without a folder")
             (Path(folder) / name).write_bytes(content.numpy().tobytes())
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def plain_config(model: Any) -> PreTrainedConfig:

@@ -29,7 +29,9 @@ ROUNDED = 10
 """How many times that is let pass where adapters were folded in, or where the model lies on another device."""
 
 
-def export(checkpoint: str, out: str, role: str | None = None, merge_lora: bool = True) -> None:
+def export(
+    checkpoint: str, out: str, role: str | None = None, merge_lora: bool = True, trust_remote_code: bool = False
+) -> None:
     """Turns a checkpoint into a Hugging Face folder.
 
     Args:
@@ -38,13 +40,14 @@ def export(checkpoint: str, out: str, role: str | None = None, merge_lora: bool 
         role: Which network: policy, reward_model or critic. By default the one that the stage trains: the policy, or
             else the reward model.
         merge_lora: Fold adapters into their base; otherwise write the adapter alone, beside the tokenizer.
+        trust_remote_code: Run Python code that comes with the model, if it was trained with such code.
 
     Raises:
         ValueError: When the checkpoint cannot be read, or the folder does not give the checkpoint's outputs.
     """
     entry, state = read_checkpoint(checkpoint)
     role = role or ("policy" if "policy" in entry["roles"] else next(iter(entry["roles"])))
-    export_module(rebuild(entry, state, role), restore_tokenizer(entry), out, merge_lora)
+    export_module(rebuild(entry, state, role, trust_remote_code), restore_tokenizer(entry), out, merge_lora)
 
 
 def export_module(
@@ -85,7 +88,9 @@ def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     extra = {"num_labels": 1} if is_scalar(module) else {}
     dtype = module.dtype
     with quiet_loading(), torch.random.fork_rng(devices=[]):
-        read_back = AUTO["scalar" if extra else "causal"].from_pretrained(folder, dtype=dtype, **extra)
+        read_back = AUTO["scalar" if extra else "causal"].from_pretrained(
+            folder, dtype=dtype, trust_remote_code=_has_own_code(module), **extra
+        )
     inputs = _small_batch(module, tokenizer)
     expected, got = _outputs(module, inputs), _outputs(read_back, inputs)
     difference = float((expected - got).abs().max() / _scale(read_back, expected))
@@ -132,7 +137,7 @@ def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
             "the adapter's base is not a folder or Hugging Face id that could be loaded again (it came from a GGUF "
             "file, an adapter, or from scratch); export with merge_lora=true"
         )
-    padding = AutoConfig.from_pretrained(base).get_text_config().pad_token_id
+    padding = AutoConfig.from_pretrained(base, trust_remote_code=_has_own_code(module)).get_text_config().pad_token_id
     if is_scalar(module) and padding != tokenizer.pad_token_id:
         raise ValueError(
             f"an adapter has no configuration of its own, and its base {base!r} pads with token {padding}, where this "
@@ -145,6 +150,12 @@ def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _has_own_code(module: Any) -> bool:
+    """Whether the model's class came with its weights: then that code is running already."""
+    model = module.get_base_model() if has_adapters(module) else module
+    return type(model).__module__.startswith("transformers_modules.")
 
 
 def _small_batch(module: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from lit_align.models.sharding import current_sharding
 from lit_align.models.slices import of_all_ranks, reading_slices
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import first_line
+from lit_align.models.unpickling import nothing_executed
 
 log = getLogger(__name__)
 
@@ -53,9 +54,11 @@ def read_pretrained(
         ValueError: When nothing can be loaded from there, or a weight has another shape.
     """
     if is_adapter_folder(source.location[0]):
-        return _read_adapter(auto_class, source, name, **extra)
+        with nothing_executed(source.path):
+            return _read_adapter(auto_class, source, name, **extra)
     try:
-        model, report = _from_pretrained(auto_class, source, whole, **extra)
+        with nothing_executed(source.path):
+            model, report = _from_pretrained(auto_class, source, whole, **extra)
     except (OSError, ValueError) as error:
         where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
         raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error

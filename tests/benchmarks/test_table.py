@@ -53,5 +53,7 @@ def test_nothing_measured_is_nothing_shown(tmp_path):
 
 def test_the_readme_shows_what_was_measured(repository):
     text = (repository / "README.md").read_text(encoding="utf-8")
-    shown = text.split("`python -m benchmarks.table`; a test compares -->\n")[1].split("\n<!-- end of what is rendered")[0]
+    shown = text.split("`python -m benchmarks.table`; a test compares -->\n")[1].split(
+        "\n<!-- end of what is rendered"
+    )[0]
     assert shown == render(repository / "benchmarks" / "results")

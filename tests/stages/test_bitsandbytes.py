@@ -1,0 +1,52 @@
+"""The 8-bit and paged optimizers of bitsandbytes, on a CPU: they train, and a resumed run is the uninterrupted one."""
+
+import bitsandbytes
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import OptimizerCallable
+
+from lit_align.callbacks.random_state import RandomState
+from lit_align.models.source import ModelSource
+from lit_align.stages import LitDPO, LitSFT
+
+OPTIMIZERS = ("AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit")
+
+
+def optimizer_from_yaml(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--optimizer", type=OptimizerCallable)
+    init_args = {"lr": 1.0e-3, "weight_decay": 0.01}
+    given = {"class_path": f"bitsandbytes.optim.{name}", "init_args": init_args}
+    return parser.instantiate(parser.parse_object({"optimizer": given})).optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [LitSFT, LitDPO], ids=lambda kind: kind.__name__)
+def test_a_resumed_run_is_the_uninterrupted_one(kind, name, tiny_model, request, make_data, make_trainer, tmp_path):
+    items = request.getfixturevalue("pairs" if kind is LitDPO else "conversations")
+
+    def run(checkpoint=None, **options):
+        torch.manual_seed(0)
+        stage = kind(ModelSource(path=str(tiny_model)), optimizer=optimizer_from_yaml(name))
+        make_trainer(max_epochs=2, **options).fit(stage, datamodule=make_data(items), ckpt_path=checkpoint)
+        return stage
+
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = run(enable_checkpointing=True, callbacks=[RandomState(), saver])
+    assert isinstance(whole.trainer.optimizers[0], getattr(bitsandbytes.optim, name))
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    kinds = {value.dtype for state in saved["optimizer_states"][0]["state"].values() for value in _tensors(state)}
+    assert (torch.uint8 in kinds) == name.endswith("8bit")  # moments of large matrices are bytes
+    start = kind(ModelSource(path=str(tiny_model)))
+    start.configure_model()
+    assert any(not torch.equal(v, whole.policy.state_dict()[k]) for k, v in start.policy.state_dict().items())
+    for step in (1, 2, 4):
+        resumed = run(str(tmp_path / f"step={step}.ckpt"), callbacks=[RandomState()])
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), (step, key)
+
+
+def _tensors(state):
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]
