@@ -80,11 +80,11 @@ def under(cases: list[dict[str, Any]]) -> list[str]:
 def describe(case: dict[str, Any]) -> str:
     """Machine and versions of a case, in a sentence."""
     machine, peers = case["machine"], [p for p in case["peers"].values() if "versions" in p]
-    trl = sorted({peer["versions"].get("trl", "none") for peer in peers})
+    trl = sorted({peer["versions"]["trl"] for peer in peers})
     return (
         f"{machine.get('gpu', machine['cpu'])}, {case['ours']['threads']} threads, {case['settings']['dtype']}; torch "
-        f"{case['ours']['versions']['torch']}, transformers {case['ours']['versions']['transformers']}, "
-        f"TRL {', '.join(trl) or 'none'}; {case['date']}."
+        f"{case['ours']['versions']['torch']}, transformers {case['ours']['versions']['transformers']}"
+        f"{''.join(f', TRL {version}' for version in trl)}; {case['date']}."
     )
 
 

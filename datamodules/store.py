@@ -28,6 +28,7 @@ from datamodules.formats.fields import parse_json
 from datamodules.overlong import Overlong
 from datamodules.report import SplitReport
 from datamodules.rows import Rows
+from datamodules.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import datasets
@@ -138,13 +139,6 @@ def cache_folder(cache_dir: str | None = None) -> Path:
     """Where rows are kept: `cache_dir`, else $LIT_ALIGN_CACHE, else ~/.cache/lit_align, each with /data below it."""
     root = cache_dir or os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align"
     return Path(root).expanduser() / "data"
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of the vocabulary, its rules and the chat template."""
-    backend = tokenizer.backend_tokenizer.to_str()
-    parts = [backend, str(tokenizer.chat_template), str(tokenizer.eos_token), type(tokenizer).__name__]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def prompt_key(value: Any) -> int:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from datamodules.formats import FileSource, Source, resolve
 from datamodules.mixtures import mixture_weights
 from datamodules.report import SplitReport
-from datamodules.store import Guard, tokenizer_fingerprint
+from datamodules.store import Guard
 from datamodules.stream import START, Stream, add_counts
+from datamodules.tokenizer import tokenizer_fingerprint
 from lit_align.batch import outlive_sigterm, sigterm_held
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,3 +47,10 @@ def _from_path(source: str) -> PreTrainedTokenizerBase:
             f"tokenizer {source!r}: it cannot be loaded; expected a folder with a tokenizer.json, a GGUF file or the "
             f"id of a model ({first})"
         ) from error
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of the vocabulary, its rules and the chat template."""
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [backend, str(tokenizer.chat_template), str(tokenizer.eos_token), type(tokenizer).__name__]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
