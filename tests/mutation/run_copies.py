@@ -1,7 +1,7 @@
 """Runs tests against copies of the package. A script, started by test_mutations.
 
 Reads [[folder, [node id, ...]], ...] as JSON from standard input: `folder` holds a copy of lit_align. Each pair runs
-in a process of its own, forked after torch and pytest have been imported, so that it costs a fraction of a second; its
+in a process of its own, forked after what all tests need has been imported, so that it costs a fraction of a second; its
 output goes to log.txt in the folder. Prints the list of pytest's exit codes as JSON.
 """
 
@@ -13,9 +13,17 @@ import os
 import sys
 from pathlib import Path
 
+# Every test that an edit names would import these again, and they take seconds.
+import hypothesis
+import lightning.pytorch
 import pytest
 import torch
-import torch.distributed.tensor  # assert_close imports it when first called, and it takes seconds
+import torch.distributed.tensor  # assert_close imports it when first called
+import torch.utils.flop_counter
+import transformers
+
+LOADED = (hypothesis, lightning.pytorch, torch.distributed.tensor, torch.utils.flop_counter)
+LOADED += (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.DynamicCache)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CRASHED, WRONG_PACKAGE = 98, 99

@@ -20,6 +20,8 @@ from tests.mutation.edits import EDITS
 REPOSITORY = Path(__file__).resolve().parents[2]
 PASSED, FAILED = 0, 1
 
+pytestmark = pytest.mark.timeout(900)  # the first test of an edit runs the copies of all
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies run in forked processes")
 
 
