@@ -96,6 +96,7 @@ def token_stats(
     return head_stats(base_model(model), hidden, batch.scored.targets, temperature, entropy_gradient)
 
 
+@through_root
 def token_logps(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Log-probability in nats of each scored token, float32 [N]; cheapest with gradients off."""
     hidden = _predicting(model, batch)

@@ -72,7 +72,7 @@ def build(name: str, model: str) -> Stage:
         options |= {
             "reward_model": ModelSource(path=model),
             "reward_functions": [RewardFunction(short)],
-            "ppo": PPOSettings(ppo_epochs=2, num_minibatches=2, num_answers=2, scoring_batch_size=3),
+            "ppo": PPOSettings(ppo_epochs=2, num_minibatches=2, num_answers=2, scoring_max_tokens=40),
             "sampling": Sampling(max_new_tokens=5, batch_size=4),
         }
     return STAGES[name.split()[0]](source(name, model), **options)

@@ -102,6 +102,11 @@ def reductions(model: str, calls: Calls) -> list[int]:
     return callback.reductions
 
 
+def one_each(stage: Any, prompts: list[torch.Tensor], sampling: Sampling, noise: torch.Tensor | None) -> list[Any]:
+    """One answer to each prompt."""
+    return [answer for (answer,) in stage.answers(prompts, 1, sampling, noise)]
+
+
 def rollouts(model: str, calls: Calls) -> dict[str, Any]:
     """Answers of two ranks whose shares and lengths differ, and what they asked each other meanwhile."""
 
@@ -113,18 +118,18 @@ def rollouts(model: str, calls: Calls) -> dict[str, Any]:
         own = noise[:4] if rank == 0 else noise[4:]
         sampling = Sampling(max_new_tokens=6, batch_size=2)
         with calls.seen() as found["unequal shares"]:
-            answers = stage.answer(share, sampling, own)
+            answers = one_each(stage, share, sampling, own)
         found["answers"] = [answer.input_ids for answer in answers]
         with calls.seen() as found["an empty share"]:
-            stage.answer(prompts if rank == 0 else [], sampling, noise if rank == 0 else None)
+            one_each(stage, prompts if rank == 0 else [], sampling, noise if rank == 0 else None)
         kind = type(stage)
         ends, kind.stop_ids = kind.stop_ids, property(lambda self: list(range(300)) if rank == 0 else [])
         with calls.seen() as found["one ends at once"]:
-            found["lengths"] = [len(answer.input_ids) for answer in stage.answer(prompts, sampling, noise)]
+            found["lengths"] = [len(answer.input_ids) for answer in one_each(stage, prompts, sampling, noise)]
         kind.stop_ids = ends
         batch = PromptBatch(share, [{}] * len(share), torch.arange(len(share)))
         found["kl"] = len(stage.kl_to_reference(batch, Sampling(max_new_tokens=3, batch_size=1)))
-        found["rollout"] = len(stage._trajectories(batch if rank == 0 else PromptBatch([], [], torch.arange(0)), 0))
+        found["rollout"] = len(stage._trajectories(batch if rank == 0 else PromptBatch((), (), torch.arange(0)), 0))
         found["whole after"] = fingerprint(stage.policy)
         found["left whole"] = [name for name, p in stage.named_parameters() if not isinstance(p, DTensor)]
         return found

@@ -47,4 +47,5 @@ def test_a_rank_holds_half_and_never_more(large_model, tmp_path):
         found = torch.load(tmp_path / f"out.{rank}", weights_only=True)
         assert found["fingerprint"] == expected
         assert found["held"] == found["whole"] // 2
-        assert 0.45 * found["whole"] < found["VmRSS"] < 0.8 * found["whole"], found
+        # No lower bound: a system that is short of memory takes back pages of files that were looked at.
+        assert found["VmRSS"] < 0.8 * found["whole"], found

@@ -12,7 +12,8 @@ import torch
 from lit_align.models.fingerprint import fingerprint
 from lit_align.models.load import load_causal_lm
 from lit_align.models.source import ModelSource
-from lit_align.rollout.sampling import Sampling, sample
+from lit_align.rollout.engines import Decode
+from lit_align.rollout.sampling import Sampling
 
 SCRIPT = Path(__file__).parent / "sharded_parts.py"
 GROUPS = 3
@@ -49,9 +50,9 @@ def test_answers_are_those_of_the_whole_network(ranks, tiny_model):
     prompts = [torch.arange(5 + i) + 10 * i for i in range(5)]
     noise = torch.rand(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     stops = {policy.generation_config.eos_token_id}
-    expected = sample(policy, prompts, sorted(stops), Sampling(max_new_tokens=6), noise)
+    expected = Decode()(policy, prompts, 1, sorted(stops), Sampling(max_new_tokens=6), noise)
     answers = [ids for rank in ranks for ids in rank["rollouts"]["answers"]]
-    assert [ids.tolist() for ids in answers] == [answer.input_ids.tolist() for answer in expected]
+    assert [ids.tolist() for ids in answers] == [answer.input_ids.tolist() for (answer,) in expected]
 
 
 @pytest.mark.parametrize("share", ["unequal shares", "an empty share", "one ends at once"])

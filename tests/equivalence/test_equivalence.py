@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import splits
 
+from lit_align.models import token_loss
 from lit_align.stages import LitSFT
 
 BOUND = 1e-5
@@ -67,7 +68,7 @@ def test_a_mean_of_micro_batch_means_would_be_seen(measure, monkeypatch):
     """What trainers were long wont to do: every micro-batch divided by its own tokens."""
 
     def naive(self, batch, batch_idx):
-        return self._nll(batch) / batch.scored.weights.sum()
+        return token_loss(self.policy, batch, self._nll) / batch.scored.weights.sum()
 
     whole = measure("sft", splits.WHOLE)
     monkeypatch.setattr(LitSFT, "training_step", naive)

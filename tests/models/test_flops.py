@@ -1,5 +1,7 @@
 """Model FLOPs against closed forms, published figures and what torch counts."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,12 +16,13 @@ from transformers import (
 
 from lit_align.batch import Branch, Example, StepTotals, pack
 from lit_align.batch.work import Work
-from lit_align.models import scalar_at_ends, token_logps
+from lit_align.models import scalar_at_ends, token_logps, token_loss
 from lit_align.models.adapters import add_adapters
 from lit_align.models.attention import PACKED
 from lit_align.models.flops import Flops, forward_flops, state_bytes, training_flops, update_bytes
 from lit_align.models.scalar import install_head
 from lit_align.models.source import LoraSettings
+from lit_align.models.span_sdpa import span_sdpa
 
 # As published: hidden, feed-forward, layers, heads, key heads, head width, vocabulary, tied.
 MODELS = {
@@ -111,7 +114,15 @@ def pairs():
 
 def counted(function):
     """What torch counts, and how much of it is attention's; the mathematical kernel, whose products it sees."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def by_kernel(query, key, value, spans, scores):
+        return span_sdpa(query, key, value, spans, scores.scale, scores.window, 0.0)
+
+    with (
+        mock.patch("lit_align.models.attention.span_attention", by_kernel),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         function()
     counts = counter.get_flop_counts()["Global"]
     attention = counts.get(torch.ops.aten.bmm, 0)
@@ -120,7 +131,7 @@ def counted(function):
 
 def rectangles(batch):
     """Pairs that the kernel works on: it does not leave out what the causal mask forbids."""
-    return sum((s.stop - s.start) * (s.stop - s.start + s.prefix_stop - s.prefix_start) for s in batch.segments)
+    return sum((s.stop - s.start) * (s.stop - s.start + s.prefix_stop - s.prefix_start) for s in batch.varlen.spans)
 
 
 def without_attention(cost):
@@ -134,7 +145,7 @@ def test_torch_counts_the_same_in_full_training():
     assert matrices == without_attention(cost).of(batch.work)
     assert attention == cost.pair * rectangles(batch)
     assert batch.work.attended == pytest.approx(
-        rectangles(batch) - sum((s.stop - s.start) ** 2 / 2 for s in batch.segments)
+        rectangles(batch) - sum((s.stop - s.start) ** 2 / 2 for s in batch.varlen.spans)
     )
 
 
@@ -158,7 +169,7 @@ def test_adapters_add_themselves_and_save_the_weights_gradient():
     cost = training_flops(adapted)
     assert cost.token == 2 * plain.token + 3 * 2 * ranks and cost.scored == 2 * plain.scored
     assert cost.pair == 3 * plain.pair
-    matrices, attention = counted(lambda: token_logps(adapted, batch).sum().backward())
+    matrices, attention = counted(lambda: token_loss(adapted, batch, lambda stats, part: stats.logps.sum()).backward())
     # The embeddings are frozen: what goes into the first layer's q, k and v needs no gradient; neither base nor A.
     first = 2 * (32 * (32 + 16 + 16) + 3 * 4 * 32) * batch.work.tokens
     assert matrices == without_attention(cost).of(batch.work) - first

@@ -44,11 +44,4 @@ EDITS = [
         "return size * (devices - 1) // devices",
         T_MEMORY + "test_what_rings_send",
     ),
-    Edit(
-        "frozen weights count as trained",
-        SHAPES,
-        "trained = [p for p in parameters if p.requires_grad]",
-        "trained = list(parameters)",
-        T_MEMORY + "test_smollm_in_bfloat16_with_adapters",
-    ),
 ]

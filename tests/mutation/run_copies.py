@@ -1,8 +1,8 @@
 """Runs tests against copies of the package. A script, started by test_mutations.
 
 Reads [[folder, [node id, ...]], ...] as JSON from standard input: `folder` holds a copy of lit_align. Each pair runs
-in a process of its own, forked after what all tests need has been imported, so that it costs a fraction of a second; its
-output goes to log.txt in the folder. Prints the list of pytest's exit codes as JSON.
+in a process of its own, forked after what all tests need has been imported, so that it costs little; its output goes to
+log.txt in the folder. Prints the list of pytest's exit codes as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ import torch.utils.flop_counter
 import transformers
 
 LOADED = (hypothesis, lightning.pytorch, torch.distributed.tensor, torch.utils.flop_counter)
-LOADED += (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.DynamicCache)
+LOADED += (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForSequenceClassification,
+    transformers.DynamicCache,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CRASHED, WRONG_PACKAGE = 98, 99
