@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutation.edit import Edit
 
-MEMORY, SHAPES, T_MEMORY = "models/memory.py", "models/shapes.py", "models/test_memory.py::"
+MEMORY, T_MEMORY = "models/memory.py", "models/test_memory.py::"
 EXACT = T_MEMORY + "test_activations_are_what_autograd_keeps[llama-float32-False-False-0.0]"
 
 EDITS = [
@@ -29,13 +29,6 @@ EDITS = [
         "shape.layers * 2 * shape.keys * shape.element",
         "shape.layers * shape.keys * shape.element",
         T_MEMORY + "test_a_cache_of_keys_and_values[False]",
-    ),
-    Edit(
-        "a chunk has all rows",
-        MEMORY,
-        "rows = min(scored, max(rows, part))",
-        "rows = scored",
-        T_MEMORY + "test_the_heads_chunk",
     ),
     Edit(
         "a ring sends once",
