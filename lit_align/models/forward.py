@@ -45,9 +45,8 @@ def _unpacked(trunk: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def _last_hidden(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, **layout: Any) -> Tensor:
-    return trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout).last_hidden_state.flatten(
-        0, 1
-    )
+    output = trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 @through_root
@@ -99,10 +98,8 @@ def token_stats(
 @through_root
 def token_logps(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Log-probability in nats of each scored token, float32 [N]; cheapest with gradients off."""
-    hidden = _predicting(model, batch)
-    score = head_stats if torch.is_grad_enabled() else head_logps
-    found = score(base_model(model), hidden, batch.scored.targets, temperature)
-    return found.logps if isinstance(found, TokenStats) else found
+    arguments = (base_model(model), _predicting(model, batch), batch.scored.targets, temperature)
+    return head_stats(*arguments).logps if torch.is_grad_enabled() else head_logps(*arguments)
 
 
 def _predicting(model: nn.Module, batch: MicroBatch) -> Tensor:
