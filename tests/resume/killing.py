@@ -70,10 +70,14 @@ def finish(process: subprocess.Popen, run_dir: Path) -> None:
 
 
 def stop_after(process: subprocess.Popen, run_dir: Path, step: int, sent: signal.Signals, delay: float = 0.0) -> int:
-    """Sends a signal to the whole process group some time after the checkpoint of a step is there; the exit status."""
+    """Sends a signal to the whole process group some time after a checkpoint of a step is there; the exit status.
+
+    Of that step or a later one: where the machine is busy, this process may sleep until the first is gone again.
+    """
     deadline = time.monotonic() + SECONDS
-    while not (run_dir / "checkpoints" / f"step{step:06d}.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never came to its checkpoint"
+    while max((int(path.stem[4:]) for path in run_dir.glob("checkpoints/step*.ckpt")), default=0) < step:
+        assert process.poll() is None, "the run ended before it was stopped"
+        assert time.monotonic() < deadline, "the run never came to its checkpoint"
         time.sleep(0.005)
     time.sleep(delay)
     # To the loader's workers too, as job schedulers do.
