@@ -8,6 +8,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -131,6 +133,24 @@ def test_fixed_shapes_and_late_reading_change_no_answer(model, read_every, monke
         got = decoding.run()
     assert [a.input_ids.tolist() for a in got] == ids(Generate()(model, prompts, n, stops, sampling, noise))
     assert replays.captured <= len({bucket(i, 5) for i in range(1, 6)}) and replays.replayed > 5
+
+
+@pytest.mark.parametrize("capture", [None, Replays()], ids=["plain", "captured"])
+@pytest.mark.parametrize("read_every", [1, 4, 50])
+def test_rows_that_go_on_in_vain_stay_within_the_learned_positions(capture, read_every):
+    """The table of positions ends with the longest prompt and answer; beyond it a GPU would end the process."""
+    torch.manual_seed(3)
+    prompts, n, stops, noise = task()
+    longest = max(len(prompt) for prompt in prompts) + 14
+    sizes = dict(vocab_size=260, n_positions=longest, n_embd=32, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    sampling = Sampling(14, 1.0, 4)
+    decoding = Decoding(Decode(), model, prompts, n, stops, sampling, noise, capture=capture)
+    decoding.read_every = read_every
+    with torch.no_grad():
+        got = decoding.run()
+    assert max(len(answer.input_ids) for answer in got) == 14
+    assert [a.input_ids.tolist() for a in got] == ids(Generate()(model, prompts, n, stops, sampling, noise))
 
 
 def test_a_model_that_cannot_be_captured_is_run_as_it_is(caplog):

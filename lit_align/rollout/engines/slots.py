@@ -186,9 +186,10 @@ class Slots:
         """Takes down what was drawn, int64 [rows]; all in place, for a captured graph repeats it."""
         rows = self.window.rows
         self.token[:rows, 0] = token
-        self.position[:rows] += 1
-        # A row that is done before it is looked at goes on in vain, and would run out of numbers.
-        self.drawn[:rows] = (self.drawn[:rows] + 1).clamp(max=self.noise.shape[1] - 1)
+        # A row that is done before it is looked at goes on in vain, and would run out of numbers and of positions.
+        drawn = (self.drawn[:rows] + 1).clamp(max=self.noise.shape[1] - 1)
+        self.position[:rows] += drawn - self.drawn[:rows]
+        self.drawn[:rows] = drawn
         self.column_index += 1
 
     def advance(self) -> None:
