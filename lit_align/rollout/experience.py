@@ -29,6 +29,7 @@ class Trajectory:
             it was not computed anew.
         reference_logps: log pi_ref of the same tokens.
         values: Critic's value before each token; zeros without a critic.
+        repeat: How often the rollout holds the same prompt before it.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Trajectory:
     logps: tuple[Tensor, ...]
     reference_logps: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    repeat: int = 0
 
 
 class Rollout(NamedTuple):
@@ -99,7 +101,7 @@ def from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
         gathered: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, trajectories)
         trajectories = [t for part in gathered for t in part]
-    return sorted(trajectories, key=lambda t: t.index)
+    return sorted(trajectories, key=lambda t: (t.index, t.repeat))
 
 
 def rollout_metrics(

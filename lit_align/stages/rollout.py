@@ -117,8 +117,7 @@ class RolloutStage(ReferencedStage):
 
     def _sampled(self, batch: PromptBatch, number: int) -> list[tuple[Answer, ...]]:
         n = self.ppo.num_answers
-        asked = zip(batch.indices.tolist(), batch.repeats or [0] * len(batch), strict=True)
-        keys = [(self.rollout_seed, number, *prompt, answer) for prompt in asked for answer in range(n)]
+        keys = [(self.rollout_seed, number, *prompt, answer) for prompt in _numbered(batch) for answer in range(n)]
         noise = answer_noise(keys, self.sampling.max_new_tokens) if keys else None
         answers = self.answers(batch.prompt_ids, n, noise=noise)
         if number:
@@ -141,8 +140,8 @@ class RolloutStage(ReferencedStage):
         values = [tuple(torch.zeros_like(row) for row in group) for group in logps]
         if self.critic is not None:
             values = _split(answer_values(self.critic, packed), n)
-        rows = zip(batch.indices.tolist(), prompts, answers, scores, logps, reference_logps, values, strict=True)
-        return [Trajectory(i, ids.cpu(), *numbers) for i, ids, *numbers in rows]
+        rows = zip(_numbered(batch), prompts, answers, scores, logps, reference_logps, values, strict=True)
+        return [Trajectory(i, ids.cpu(), *numbers, repeat=repeat) for (i, repeat), ids, *numbers in rows]
 
     @contextmanager
     def _phase(self, name: str, number: int) -> Iterator[None]:
@@ -186,6 +185,11 @@ class RolloutStage(ReferencedStage):
             seed=prompts.seed,
             lay_out=self.lay_out,
         )
+
+
+def _numbered(batch: PromptBatch) -> list[tuple[int, int]]:
+    """What tells each prompt of a rollout from the others: its index, and how often the same one came before it."""
+    return list(zip(batch.indices.tolist(), batch.repeats or (0,) * len(batch), strict=True))
 
 
 def _split(rows: list[Tensor], n: int) -> list[tuple[Tensor, ...]]:

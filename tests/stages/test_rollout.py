@@ -1,9 +1,12 @@
 """Where old log-probabilities come from, and what is counted and timed of a rollout."""
 
+import numpy as np
 import pytest
 import torch
 
+from lit_align.batch import PromptBatch, plan_step
 from lit_align.models.source import ModelSource
+from lit_align.rollout import experience
 from lit_align.rollout.engines import Decode, Engine, Generate
 from lit_align.rollout.estimators import GAE, GRPO, RLOO
 from lit_align.rollout.rewards import RewardFunction
@@ -91,6 +94,28 @@ def test_another_engine_gives_the_same_run(tiny_model, prompts, make_data, make_
     assert logged["train/objective/scores"] == expected["train/objective/scores"]
     for name, value in stage.policy.state_dict().items():
         torch.testing.assert_close(value, other.policy.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_prompts_that_a_rollout_holds_twice_keep_their_order_over_any_ranks(
+    tiny_model, prompts, make_data, make_trainer, monkeypatch
+):
+    """Minibatches are drawn by place, so the examples of a rollout have to stand in one order."""
+    _, stage = run(tiny_model, make_data(prompts), make_trainer(max_epochs=1), ppo_epochs=1)
+    step, lengths = np.array([4, 7, 4, 2, 7, 7]), np.array([len(prompt) for prompt in prompts])
+
+    def answers(ranks):
+        shares = []
+        for plan in plan_step(step, lengths, np.zeros(len(prompts)), ranks):
+            ids = tuple(prompts[i] for i in plan.indices)
+            share = PromptBatch(ids, ({},) * len(ids), torch.tensor(plan.indices), plan.repeats)
+            shares.append(stage._trajectories(share, 1))
+        monkeypatch.setattr(experience.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(experience.dist, "get_world_size", lambda: ranks)
+        monkeypatch.setattr(experience.dist, "all_gather_object", lambda gathered, _: gathered.extend(shares))
+        return [[a.input_ids.tolist() for a in t.answers] for t in experience.from_all_ranks(shares[0])]
+
+    assert len({str(group) for group in answers(1)}) == len(step)
+    assert answers(2) == answers(1) == answers(3)
 
 
 def test_what_a_rollout_costs_is_counted(tiny_model, prompts, make_data, make_trainer):
