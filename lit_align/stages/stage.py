@@ -118,7 +118,8 @@ class Stage(LightningModule):
         """Logs the step's means, if this step is one that is logged."""
         # The number that logged values get: after some resumes Lightning counts a step twice.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # 0 = never
+        if every > 0 and (self.trainer.global_step + 1) % every == 0:
             self._log("train", self.train_means.compute())
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: the ranks' parts put together

@@ -184,3 +184,8 @@ def test_kl_that_is_no_part_of_the_reward_is_not_logged_as_one(tiny_model, promp
     logged = fit(stage, make_data(prompts), make_trainer(max_epochs=2))
     assert logged["train/objective/non_score_reward"] == [0.0] * len(logged["train/objective/non_score_reward"])
     assert logged["train/objective/rlhf_reward"] == logged["train/objective/scores"]
+
+
+def test_a_trainer_that_never_logs_trains(tiny_model, conversations, make_data, make_trainer):
+    stage, trainer = LitSFT(ModelSource(path=str(tiny_model)), **FAST), make_trainer(max_steps=2, log_every_n_steps=0)
+    assert "train/loss" not in fit(stage, make_data(conversations), trainer) and trainer.global_step == 2
