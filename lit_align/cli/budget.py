@@ -17,13 +17,14 @@ from lit_align.models.memory import (
     kv_bytes,
     trunk_bytes,
 )
-from lit_align.models.projection import BLOCK
+from lit_align.models.projection import BLOCK, chunk_rows
 from lit_align.models.source import LoraSettings
+from lit_align.rollout.engines.decode import SLACK, Decode
 
 EIGHT_BIT = 2 + 2 * FLOAT / 256
 """Bytes a weight of two moments in 8 bits, with a scale for each block of 256."""
-READ_EVERY, SLACK = {"cpu": 1, "cuda": 16}, 128
-"""Columns to spare in the cache of `Decode`."""
+READ_EVERY = {"cpu": 1, "cuda": Decode.read_every}
+"""Columns to spare in the cache of `Decode`, besides its `SLACK` where answers wait."""
 
 
 @dataclass
@@ -160,8 +161,9 @@ def _scoring(situation: Situation) -> dict[str, int]:
     shape = max((role.shape for role in situation.roles), key=lambda s: s.width)
     compute = 2 if situation.mixed else shape.element
     layer = tokens * (2 * shape.width * shape.element + 3 * shape.inner * compute)
-    block = BLOCK if situation.device == "cpu" else shape.vocabulary
-    rows = min(tokens, 1024 if situation.device == "cpu" else 4096)
+    vocabulary = situation.trained[0].shape.vocabulary
+    block = min(BLOCK, vocabulary) if situation.device == "cpu" else vocabulary
+    rows = min(tokens, chunk_rows(vocabulary, torch.device(situation.device)))
     return {"one layer at a time": layer, "head: a block of the vocabulary": 2 * rows * block * FLOAT}
 
 

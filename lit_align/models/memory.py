@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_align.models.flops import state_bytes
-from lit_align.models.projection import BLOCK, KEPT, ROWS
+from lit_align.models.projection import BLOCK, chunk_rows
 from lit_align.models.shapes import Shape
 
 FLOAT = 4
@@ -112,9 +112,7 @@ def head_bytes(shape: Shape, scored: int, device: str, mixed: bool, trained: int
     states = 2 * scored * shape.width * shape.element
     if not shape.vocabulary:
         return HeadBytes(states, 0, 0)
-    least, most = ROWS[device]
-    rows = min(max(KEPT[device] // shape.vocabulary, least), most)
-    rows = min(scored, max(rows, part))
+    rows = min(scored, max(chunk_rows(shape.vocabulary, torch.device(device)), part))
     narrow = device == "cuda" and (mixed or shape.element == 2)
     if device == "cpu":
         chunk = rows * (shape.vocabulary + BLOCK) * FLOAT

@@ -2,12 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+from lit_align.cli.budget import _scoring
 from lit_align.cli.plan_text import size_text, time_text
+from lit_align.cli.situation import Rollout
 
 MIB = 2**20
 
@@ -83,6 +86,17 @@ def test_ppo_holds_four_networks_and_a_cache(plan):
     assert row(out, "keys and values of answers") > 0 and "a rollout" in out
     without = plan("ppo", "--model.estimator=RLOO")[1]
     assert "critic" not in without.split("memory of each device")[0]
+
+
+@pytest.mark.parametrize("device, rows, block", [("cuda", 2**28 // 151936, 151936), ("cpu", 128, 2048)])
+def test_scoring_works_on_the_policys_vocabulary_in_chunks(device, rows, block):
+    """However wide a reward model is, and with the rows that the head takes at a time."""
+    shapes = [SimpleNamespace(vocabulary=v, width=w, inner=2 * w, element=4) for v, w in ((151936, 16), (0, 32))]
+    roles = [SimpleNamespace(shape=shape) for shape in shapes]
+    rollout = Rollout(rows=64, waiting=False, prompt=100, answer=400, prompts=64, scoring_tokens=8192)
+    made = SimpleNamespace(rollout=rollout, roles=roles, trained=roles[:1], mixed=False, device=device)
+    assert _scoring(made)["head: a block of the vocabulary"] == 2 * rows * block * 4
+    assert _scoring(made)["one layer at a time"] == 8192 * (2 * 32 + 3 * 64) * 4
 
 
 def test_micro_batches_are_smaller_and_steps_are_the_same(plan):
