@@ -1,6 +1,8 @@
 """Engines give the same answers from the same numbers, with the log-probabilities that training gives them."""
 
+import gc
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from lit_align.models.load import set_attention
 from lit_align.rollout.engines import VLLM, ContinuousBatching, Decode, Generate
 from lit_align.rollout.engines.decode import Decoding
 from lit_align.rollout.engines.graphs import bucket, captured
+from lit_align.rollout.engines.slots import SlotLayer
 from lit_align.rollout.experience import as_examples
 from lit_align.rollout.sampling import Sampling, answer_noise
 from lit_align.rollout.scoring import answer_logps, micro_batches
@@ -151,6 +154,27 @@ def test_rows_that_go_on_in_vain_stay_within_the_learned_positions(capture, read
         got = decoding.run()
     assert max(len(answer.input_ids) for answer in got) == 14
     assert [a.input_ids.tolist() for a in got] == ids(Generate()(model, prompts, n, stops, sampling, noise))
+
+
+@pytest.mark.parametrize("capture", [None, Replays()], ids=["plain", "captured"])
+def test_the_cache_is_gone_when_the_answers_are_there(capture, monkeypatch):
+    """Not only when Python next looks for cycles: training needs the memory at once."""
+    made, build = [], SlotLayer.__init__
+
+    def noting(layer, *args):
+        build(layer, *args)
+        made.extend((weakref.ref(layer.keys), weakref.ref(layer.values)))
+
+    monkeypatch.setattr(SlotLayer, "__init__", noting)
+    model, (prompts, n, stops, noise) = llama().eval(), task()
+    decoding = Decoding(Decode(), model, prompts, n, stops, Sampling(14), noise, capture=capture)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            decoding.run()
+        assert len(made) == 4 and not any(tensor() is not None for tensor in made)
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_cannot_be_captured_is_run_as_it_is(caplog):

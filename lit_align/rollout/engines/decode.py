@@ -13,7 +13,7 @@ from lit_align.models import base_model
 from lit_align.models.logits import head_logits
 from lit_align.rollout.draw import draw, precise
 from lit_align.rollout.engines.base import Engine, as_answer
-from lit_align.rollout.engines.graphs import Capture, GraphedStep, captured
+from lit_align.rollout.engines.graphs import Capture, GraphedStep, Step, captured
 from lit_align.rollout.engines.slots import Prefilled, Slots
 from lit_align.rollout.sampling import Answer, Sampling, left_padded
 
@@ -126,15 +126,19 @@ class Decoding:
         self.rows: list[int] = []  # the answer that each live row holds
         self.slots: Slots | None = None
         self.left: Prefilled | None = None  # the prompt of which only some answers were begun
+        self.step: Step | None = None
         self.steps = self.row_steps = self.prefilled_tokens = 0
 
     def run(self) -> list[Answer]:
-        """All answers, those of one prompt next to each other."""
-        while self.queue or self.rows:
-            if self.queue and (not self.rows or self.most - len(self.rows) >= self.refill_at):
-                self._refill()
-            if self.rows:
-                self._decode()
+        """All answers, those of one prompt next to each other; called once."""
+        try:
+            while self.queue or self.rows:
+                if self.queue and (not self.rows or self.most - len(self.rows) >= self.refill_at):
+                    self._refill()
+                if self.rows:
+                    self._decode()
+        finally:  # the step and this object hold each other, and the cache would lie there until Python collects cycles
+            self.step = self.slots = self.left = None
         limit = self.sampling.max_new_tokens
         return [as_answer(t, p, self.stop_ids, limit) for t, p in zip(self.tokens, self.logps, strict=True)]
 
