@@ -123,9 +123,20 @@ def _copies(situation: Situation, role: Role) -> dict[str, int]:
     weights = role.weights
     if not situation.sharded or situation.devices == 1:
         return {f"16-bit copies of the {role.name}'s matrices": 2 * weights.matrices if situation.mixed else 0}
-    narrow = 2 / FLOAT if situation.mixed else 1
     root = weights.total_bytes - weights.layer_bytes * role.shape.layers
-    return {f"gathered weights of the {role.name}": int((root + 2 * weights.layer_bytes) * narrow)}
+    gathered = (root + 2 * weights.layer_bytes) * _narrow(situation, role)
+    return {f"gathered weights of the {role.name}": int(gathered)}
+
+
+def _narrow(situation: Situation, role: Role) -> float:
+    """What FSDP2 gathers of a byte of the shards: halves of float32 under bf16-mixed."""
+    return 2 / role.shape.element if situation.mixed else 1.0
+
+
+def _whole(situation: Situation, name: str, *roles: Role) -> dict[str, int]:
+    """The largest of networks that are gathered whole one after the other, as sampling and scoring do in shards."""
+    shared = situation.sharded and situation.devices > 1
+    return {name: int(max(r.weights.total_bytes * _narrow(situation, r) for r in roles))} if shared else {}
 
 
 def _backward(situation: Situation) -> dict[str, int]:
@@ -150,7 +161,7 @@ def _rollout(situation: Situation) -> dict[str, int]:
         "keys and values of answers": kv_bytes(shape, rollout.rows, columns),
         "keys and values of prompts": kv_bytes(shape, rollout.prompts, rollout.prompt),
         "logits": logits + cast,
-        **(_copies(situation, role) if situation.sharded else {}),
+        **_whole(situation, "policy, gathered whole", role),
     }
 
 
@@ -164,7 +175,11 @@ def _scoring(situation: Situation) -> dict[str, int]:
     vocabulary = situation.trained[0].shape.vocabulary
     block = min(BLOCK, vocabulary) if situation.device == "cpu" else vocabulary
     rows = min(tokens, chunk_rows(vocabulary, torch.device(situation.device)))
-    return {"one layer at a time": layer, "head: a block of the vocabulary": 2 * rows * block * FLOAT}
+    return {
+        "one layer at a time": layer,
+        "head: a block of the vocabulary": 2 * rows * block * FLOAT,
+        **_whole(situation, "largest network, gathered whole", *situation.roles),
+    }
 
 
 def sent_bytes(situation: Situation) -> dict[str, int]:
@@ -175,11 +190,11 @@ def sent_bytes(situation: Situation) -> dict[str, int]:
     numbers = [role.weights for role in situation.trained]
     if not situation.sharded:
         return {"all-reduce of gradients": all_reduce_bytes(sum(w.trained_bytes for w in numbers), n)}
-    narrow, gathered, reduced = 2 / FLOAT if situation.mixed else 1, 0.0, 0
+    gathered, reduced = 0.0, 0
     for role in situation.roles:
         weights, layers = role.weights, role.weights.layer_bytes * role.shape.layers
         # Layers are gathered for the forward and once more for the backward pass, the rest stays.
-        gathered += (weights.total_bytes + layers * role.trained) * narrow
+        gathered += (weights.total_bytes + layers * role.trained) * _narrow(situation, role)
         reduced += weights.trained_bytes if role.trained else 0
     return {
         "all-gather of weights": situation.accumulate * all_gather_bytes(int(gathered), n),

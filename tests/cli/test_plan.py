@@ -94,7 +94,7 @@ def test_scoring_works_on_the_policys_vocabulary_in_chunks(device, rows, block):
     shapes = [SimpleNamespace(vocabulary=v, width=w, inner=2 * w, element=4) for v, w in ((151936, 16), (0, 32))]
     roles = [SimpleNamespace(shape=shape) for shape in shapes]
     rollout = Rollout(rows=64, waiting=False, prompt=100, answer=400, prompts=64, scoring_tokens=8192)
-    made = SimpleNamespace(rollout=rollout, roles=roles, trained=roles[:1], mixed=False, device=device)
+    made = SimpleNamespace(rollout=rollout, roles=roles, trained=roles[:1], mixed=False, device=device, sharded=False)
     assert _scoring(made)["head: a block of the vocabulary"] == 2 * rows * block * 4
     assert _scoring(made)["one layer at a time"] == 8192 * (2 * 32 + 3 * 64) * 4
 
@@ -128,6 +128,16 @@ def test_shards_on_several_devices(plan, parameters):
     assert 4 * parameters * 3 / 4 < gathered < 2 * 4 * parameters * 3 / 4
     whole = plan("sft", "--trainer.devices=4", "--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=2")[1]
     assert row(whole, "gradients") == close(4 * parameters)  # added up whole until the last micro-batch
+
+
+def test_sampling_and_scoring_gather_networks_whole(plan, parameters):
+    options = ["--trainer.devices=4", "--trainer.strategy=fsdp2"]
+    out, mixed = plan("ppo", *options)[1], plan("ppo", *options, "--trainer.precision=bf16-mixed")[1]
+    narrow = plan("ppo", *options, "--trainer.precision=bf16-mixed", "--model.policy.dtype=bfloat16")[1]
+    assert row(out, "policy, gathered whole") == close(4 * parameters)
+    assert row(mixed, "policy, gathered whole") == row(narrow, "policy, gathered whole") == close(2 * parameters)
+    assert row(out, "largest network, gathered whole") == close(4 * parameters)
+    assert row(plan("ppo")[1], "policy, gathered whole") is None
 
 
 def test_weights_in_bfloat16(plan, parameters):
