@@ -161,6 +161,9 @@ def plan_epoch(
 
     Returns:
         The steps. With `max_tokens` their number may differ from epoch to epoch.
+
+    Raises:
+        ValueError: A size is out of range, or there is nothing to visit.
     """
     if (batch_size is None) == (max_tokens is None):
         raise ValueError(f"batch_size and max_tokens: expected one of them, got {batch_size} and {max_tokens}")
@@ -169,6 +172,8 @@ def plan_epoch(
             f"batch_size (or max_tokens) and parts: expected at least 1, got {batch_size or max_tokens} and {parts}"
         )
     order = epoch_order(len(lengths), shuffle=shuffle, seed=seed, epoch=epoch, copies=copies)
+    if len(lengths) and not len(order):
+        raise ValueError(f"an epoch visits none of the {len(lengths)} examples: their weights are too small")
     if batch_size is not None:
         bounds = np.append(np.arange(0, len(order), batch_size), len(order))
     elif shuffle:

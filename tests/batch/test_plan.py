@@ -122,6 +122,14 @@ def test_an_example_that_a_step_holds_twice_is_numbered():
         assert pairs == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
 
 
+@pytest.mark.parametrize("size", [{"batch_size": 2}, {"max_tokens": 9}])
+def test_an_epoch_that_visits_nothing_is_refused(size):
+    """A source of 4 examples and weight 0.1 would train nothing, without a word."""
+    ones, few = np.ones(4, dtype=int), np.full(4, 0.1)
+    with pytest.raises(ValueError, match="visits none of the 4 examples"):
+        plan_epoch(ones, ones * 1.0, parts=1, shuffle=True, seed=0, epoch=0, copies=few, **size)
+
+
 @pytest.mark.parametrize("copies", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
 def test_examples_cannot_be_visited_less_than_never(copies):
     with pytest.raises(ValueError, match="copies: expected numbers above 0"):
