@@ -156,13 +156,20 @@ def _rollout(situation: Situation) -> dict[str, int]:
     columns = rollout.prompt + rollout.answer + spare
     shape = role.shape
     logits = shape.vocabulary * FLOAT * (rollout.prompts + 2 * rollout.rows)
-    cast = shape.vocabulary * shape.width * FLOAT if shape.element == 2 else 0
+    cast = shape.vocabulary * shape.width * _head_copy(situation, shape.element)
     return {
         "keys and values of answers": kv_bytes(shape, rollout.rows, columns),
         "keys and values of prompts": kv_bytes(shape, rollout.prompts, rollout.prompt),
         "logits": logits + cast,
         **_whole(situation, "policy, gathered whole", role),
     }
+
+
+def _head_copy(situation: Situation, element: int) -> int:
+    """Bytes of a weight of the copy of the head that a decode step multiplies with; 0 = none is made."""
+    if situation.device == "cpu":
+        return FLOAT if element == 2 else 0
+    return 2 if situation.mixed and element == FLOAT else 0
 
 
 def _scoring(situation: Situation) -> dict[str, int]:

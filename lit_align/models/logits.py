@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lit_align.models.layers import is_plain_linear
 from lit_align.models.modes import evaluating
+from lit_align.models.projection import plain_projection
 from lit_align.models.sharding import through_root
 
 log = getLogger(__name__)
@@ -64,15 +64,15 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits in float32 [N, V] of hidden states [N, H], with the model's own post-processing.
 
     Covers a bias (Phi), a multiplier (Cohere: `logit_scale`), a divisor (Granite: `logits_scaling`) and
-    soft-capping (Gemma 2: `final_logit_softcapping`).
+    soft-capping (Gemma 2: `final_logit_softcapping`). A head that is a matrix is multiplied as in training, with
+    operands of the same type: what is sampled from is what is scored.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    plain = plain_projection(model, 1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        if is_plain_linear(head):
-            bias = None if head.bias is None else head.bias.float()
-            logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
-        else:
-            logits = head(hidden).float()
+        if plain is not None:
+            return plain.logits(hidden.to(plain.exact) * plain.inner, slice(None)).float()
+        config = model.config.get_text_config()
+        logits = model.get_output_embeddings()(hidden).float()
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (divisor := getattr(config, "logits_scaling", None)) is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lit_align.cli.budget import _scoring
+from lit_align.cli.budget import _head_copy, _scoring
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout
 
@@ -97,6 +97,14 @@ def test_scoring_works_on_the_policys_vocabulary_in_chunks(device, rows, block):
     made = SimpleNamespace(rollout=rollout, roles=roles, trained=roles[:1], mixed=False, device=device, sharded=False)
     assert _scoring(made)["head: a block of the vocabulary"] == 2 * rows * block * 4
     assert _scoring(made)["one layer at a time"] == 8192 * (2 * 32 + 3 * 64) * 4
+
+
+@pytest.mark.parametrize(
+    "device, mixed, element, size",
+    [("cpu", False, 4, 0), ("cpu", False, 2, 4), ("cuda", False, 2, 0), ("cuda", True, 4, 2), ("cuda", False, 4, 0)],
+)
+def test_a_decode_step_copies_the_head_where_operands_have_another_type(device, mixed, element, size):
+    assert _head_copy(SimpleNamespace(device=device, mixed=mixed), element) == size
 
 
 def test_micro_batches_are_smaller_and_steps_are_the_same(plan):

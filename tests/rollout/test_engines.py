@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from lit_align.models import projection
 from lit_align.models.load import set_attention
 from lit_align.rollout.engines import VLLM, ContinuousBatching, Decode, Generate
 from lit_align.rollout.engines.decode import Decoding
@@ -94,6 +95,25 @@ def test_log_probabilities_are_those_that_training_scores(engine):
     for answer, logps in zip((a for group in answers for a in group), scored, strict=True):
         torch.testing.assert_close(answer.logps, logps, rtol=0, atol=5e-6)
     assert model.config._attn_implementation == "packed" and len(scored) == len(prompts) * n
+
+
+def test_sampling_rounds_what_training_rounds(monkeypatch):
+    """On a GPU the head's operands have 16 bits; that is stood in for here."""
+
+    def rounded(a, b):
+        return torch.mm(a.bfloat16().float(), b.bfloat16().float())
+
+    model, (prompts, n, stops, noise) = llama(), task()
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    monkeypatch.setattr(projection, "_product", rounded)
+    answers = Decode()(model, prompts, n, stops, Sampling(14), noise)
+    scored = answer_logps(model, list(micro_batches(as_examples(prompts, answers), 50, torch.device("cpu"))), 1.0)
+    monkeypatch.undo()
+    exact = answer_logps(model, list(micro_batches(as_examples(prompts, answers), 50, torch.device("cpu"))), 1.0)
+    assert max(float((a - b).abs().max()) for a, b in zip(scored, exact, strict=True)) > 1e-2
+    for answer, logps in zip((a for group in answers for a in group), scored, strict=True):
+        assert float((answer.logps - logps).abs().median()) < 1e-4  # but where rounding falls to the other side
 
 
 def test_work_follows_the_live_rows():
