@@ -31,7 +31,27 @@ EDITS = [
         T_DRAW + "test_a_token_is_drawn_where_its_place_holds_the_number",
     ),
     Edit("a prompt's first token is hidden", SLOTS, "<= lengths).long()", "< lengths).long()", AS_GENERATE),
-    Edit("positions stand still", SLOTS, "self.position[:rows] += 1", "self.position[:rows] += 0", AS_GENERATE),
+    Edit(
+        "positions stand still",
+        SLOTS,
+        "self.position[:rows] += drawn - self.drawn[:rows]",
+        "self.position[:rows] += 0",
+        AS_GENERATE,
+    ),
+    Edit(
+        "a row that goes on in vain runs out of positions",
+        SLOTS,
+        "self.position[:rows] += drawn - self.drawn[:rows]",
+        "self.position[:rows] += 1",
+        "rollout/test_engines.py::test_rows_that_go_on_in_vain_stay_within_the_learned_positions[4-plain]",
+    ),
+    Edit(
+        "the order of a prompt that a rollout holds twice is that of the ranks",
+        "rollout/experience.py",
+        "key=lambda t: (t.index, t.repeat)",
+        "key=lambda t: t.index",
+        "stages/test_rollout.py::test_prompts_that_a_rollout_holds_twice_keep_their_order_over_any_ranks",
+    ),
     Edit(
         "a row that moves leaves its numbers behind",
         SLOTS,
