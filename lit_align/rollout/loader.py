@@ -118,7 +118,10 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         """The cursor of the prompts, and the rollout if steps of it are left; the same on every rank."""
         state: dict[str, Any] = {"prompts": self.prompts.state_dict()}
-        if 0 < self.seen < len(self) and not self.epoch_over():
+        inside = self._restored or 0 < self.seen < len(
+            self
+        )  # restored inside the first step, nothing is seen of it yet
+        if inside and not self.epoch_over():
             # Made once a rollout: Lightning asks for the state twice, and tensors that are shared are written once.
             self._saved = self._saved or pack_examples(self._examples)
             state["rollout"] = {
@@ -136,7 +139,7 @@ class RolloutLoader:
             ValueError: The rollout was to be split in other steps.
         """
         self.prompts.load_state_dict(state["prompts"])
-        self._stream, self.seen = None, 0
+        self._stream, self.seen, self._restored = None, 0, False
         if rollout := state.get("rollout"):
             now = [self.ppo_epochs, self.num_minibatches]
             if rollout["split"] != now:
