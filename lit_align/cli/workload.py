@@ -133,6 +133,10 @@ class Data:
 def _steps(per_epoch: int | None, trainer: Mapping[str, Any]) -> int | None:
     most, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     most = -1 if most is None else most
+    if most >= 0 and epochs in (None, -1):
+        return most
+    if epochs == -1:  # without end
+        return None
     limit, accumulate = trainer.get("limit_train_batches"), trainer.get("accumulate_grad_batches") or 1
     if per_epoch is None:
         if isinstance(limit, int) and epochs:
@@ -143,10 +147,8 @@ def _steps(per_epoch: int | None, trainer: Mapping[str, Any]) -> int | None:
         per_epoch = min(per_epoch, limit // accumulate)
     elif isinstance(limit, float):
         per_epoch = int(per_epoch * limit)
-    if epochs is None and most >= 0:
-        return most
     steps = per_epoch * (DEFAULT_EPOCHS if epochs is None else epochs)
-    return steps if most < 0 or epochs == -1 else min(steps, most)
+    return steps if most < 0 else min(steps, most)
 
 
 def step_flops(situation: Situation, stage: Stage) -> Flops:

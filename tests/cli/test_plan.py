@@ -11,6 +11,7 @@ import transformers
 from lit_align.cli.budget import _head_copy, _scoring
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout
+from lit_align.cli.workload import _steps
 
 MIB = 2**20
 
@@ -198,6 +199,28 @@ def test_steps_follow_epochs_limits_and_the_data(plan):
     assert epoch == 94  # 1500 pairs, 16 a step
     assert steps("--trainer.max_steps=-1", "--trainer.max_epochs=2") == 2 * epoch
     assert steps("--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.limit_train_batches=10") == 20
+
+
+@pytest.mark.parametrize(
+    "per_epoch, steps, epochs, limit, expected",
+    [
+        (10, 7, -1, None, 7),  # -1 = without end
+        (10, -1, -1, None, None),
+        (10, 7, None, None, 7),
+        (10, -1, None, None, 1000 * 10),  # as many epochs as Lightning makes
+        (10, 25, 2, None, 20),
+        (10, 15, 2, None, 15),
+        (10, -1, 2, 0.5, 10),
+        (10, -1, 2, 12, 2 * 4),  # micro-batches, three of them a step
+        (None, 7, -1, 6, 7),
+        (None, -1, -1, 6, None),
+        (None, -1, 2, 6, 2 * 2),
+        (None, -1, 2, None, None),
+    ],
+)
+def test_steps_are_those_that_lightning_makes(per_epoch, steps, epochs, limit, expected):
+    trainer = {"max_steps": steps, "max_epochs": epochs, "limit_train_batches": limit, "accumulate_grad_batches": 3}
+    assert _steps(per_epoch, trainer) == expected
 
 
 def test_data_that_is_too_large_is_not_counted(plan, monkeypatch):
