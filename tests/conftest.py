@@ -18,6 +18,14 @@ SHARED = Path(os.environ.get("LIT_ALIGN_SHARED", REPOSITORY.parent / "shared"))
 SMOLLM = REPOSITORY / "models" / "smollm2-135m-instruct"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests of a file share what takes them long, so one worker runs them all."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
