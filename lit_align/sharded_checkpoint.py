@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+from lit_align.sharded_metadata import ListReader, read_list
 
 META = "meta.pt"
 WEIGHTS = "state_dict."
@@ -61,7 +64,7 @@ def read_whole(folder: Path, optimizers: bool = True) -> dict[str, Any]:
     tensors = {key: torch.empty(kept.size, dtype=kept.properties.dtype) for key, kept in wanted.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        _read(tensors, folder, no_dist=True)
     meta["state_dict"] = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
     states = meta.pop(OPTIMIZERS, None)
     if optimizers and states is not None:
@@ -84,7 +87,7 @@ def read_weights(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, size in sizes.items():
         if name in like and like[name].shape != size:
             raise ValueError(f"the checkpoint's {name} has shape {tuple(size)}; expected {tuple(like[name].shape)}")
-    dcp.load(tensors, checkpoint_id=folder)
+    _read(tensors, folder)
     return {name: tensors.get(WEIGHTS + name, torch.empty(0)) for name in sizes}
 
 
@@ -107,7 +110,7 @@ def read_optimizer(
         tensors[_optimizer(number) + slot] = (
             torch.empty(kept.size, dtype=dtype) if whole else torch.empty_like(like, dtype=dtype, requires_grad=False)
         )
-    dcp.load(tensors, checkpoint_id=folder)
+    _read(tensors, folder)
     return _numbered(state, _of(number, tensors))
 
 
@@ -131,7 +134,16 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    return read_list(folder).state_dict_metadata  # type: ignore[return-value]
+
+
+def _read(tensors: dict[str, Tensor], folder: Path, no_dist: bool = False) -> None:
+    """Fills tensors from the shards, of which torch reads each with `weights_only=True`."""
+    try:
+        dcp.load(tensors, storage_reader=ListReader(folder), no_dist=no_dist)
+    except CheckpointException as error:  # no `Exception`: it would end a process without a word of ours
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise ValueError(f"{folder}: rank {rank} cannot read its shards, nothing was executed: {cause}") from error
 
 
 def _optimizer(number: int) -> str:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_align.checkpoint_io import WholeFolder, remove_folder
 from lit_align.models.sharding import Sharding, building_in_shards
+from lit_align.models.unpickling import nothing_executed
 from lit_align.sharded_checkpoint import (
     OPTIMIZERS,
     in_shards,
@@ -149,11 +150,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Reads what the stage has to accept; weights follow, from a folder or a file of any number of ranks."""
         path = Path(self.broadcast(checkpoint_path))
         self._folder = path if self.shards and path.is_dir() else None
-        if self._folder is not None:
-            return read_meta(path)
-        if not self.shards:
-            return self.checkpoint_io.load_checkpoint(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with nothing_executed(path):  # whatever `weights_only` says
+            if self._folder is not None:
+                return read_meta(path)
+            if not self.shards:
+                return self.checkpoint_io.load_checkpoint(path)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Puts the weights into the module."""
