@@ -18,7 +18,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align import runs
-from lit_align.callbacks import Checkpoints, ExportHF, Meter, PredictionRows, Preemption, RandomState, SaveRun
+from lit_align.callbacks import (
+    Checkpoints,
+    ExportHF,
+    Meter,
+    OneRun,
+    PredictionRows,
+    Preemption,
+    RandomState,
+    SaveRun,
+)
 from lit_align.checkpoint_io import WholeCheckpointIO
 from lit_align.cli.errors import explain, message_for_user, tell
 from lit_align.cli.handover import hand_over_tokenizer
@@ -242,7 +251,8 @@ class AlignCLI(LightningCLI):
             return []
         folder = run_dir / runs.CHECKPOINTS
         saves = config.get("enable_checkpointing") is not False
-        defaults: list[Callback] = [RandomState(), ExportHF(), Preemption(str(folder) if saves else None)]
+        defaults: list[Callback] = [OneRun(run_dir, self.command_config.get("ckpt_path")), RandomState(), ExportHF()]
+        defaults.append(Preemption(str(folder) if saves else None))
         if self.command_config.get("meter"):
             defaults.append(Meter())
         if logs:
