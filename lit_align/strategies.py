@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
 
+from lit_align.background_io import BackgroundCheckpointIO
 from lit_align.checkpoint_io import WholeFolder, remove_folder
 from lit_align.models.sharding import Sharding, building_in_shards
 from lit_align.models.unpickling import nothing_executed
@@ -85,8 +86,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Sets the optimizers up.
 
         Raises:
-            ValueError: Weights are whole: each rank would train its own.
+            ValueError: Weights are whole: each rank would train its own; or checkpoints were to be written in the
+                background.
         """
+        if self.shards and isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            raise ValueError(
+                "checkpoint_async: under fsdp2 every rank writes its shards, and training waits for the slowest; leave "
+                "checkpoint_async out, or use strategy ddp"
+            )
         whole = [n for n, p in self._module.named_parameters() if p.requires_grad and not is_shard(p)]
         if self.shards and whole:
             raise ValueError(

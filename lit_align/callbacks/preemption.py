@@ -80,6 +80,7 @@ class Preemption(Callback):
             return
         path = Path(self.folder) / f"preempted-step{self._step:06d}.ckpt"
         trainer.save_checkpoint(path)
+        getattr(trainer.strategy.checkpoint_io, "wait", _nothing)()  # where it is written in the background
         rank_zero_info(f"{self._signal}: the run stops after step {self._step}; --resume true goes on from {path}")
 
     def _stop(self, trainer: Trainer) -> None:

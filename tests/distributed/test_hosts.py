@@ -86,7 +86,6 @@ def test_shards_are_not_lost_on_hosts_without_a_shared_disk(apart, tmp_path):
     statuses, said = torchrun(tmp_path, command("dpo", "run", SHARDED), cwds=apart)
     assert 0 not in statuses
     assert "run_dir: run (of rank 0) is not there for rank 1 on" in said and "that all hosts share" in said
-    assert 'Traceback (most recent call last):\n  File "<frozen runpy>", line 198, in _run_module_as_main' not in said
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -159,6 +158,22 @@ def test_two_network_namespaces_are_one_run(namespaces, alone, tmp_path):
     close(run, alone["dpo"])
 
 
+# -- hosts that tell their processes NODE_RANK alone, as Lightning Studio's machines do
+
+
+def test_hosts_with_a_rank_each_are_one_run(alone, tmp_path):
+    port = str(free_port())
+    with Processes(tmp_path) as processes:
+        for rank in range(2):
+            arguments = command("sft", None, STRATEGY["sft"], "--trainer.num_nodes=2", "--trainer.devices=1")
+            told = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.start(arguments, told)
+        assert processes.statuses() == [0, 0], processes.said()
+    (run,) = [path for path in (tmp_path / "runs" / "sft").iterdir() if not path.is_symlink()]
+    close(run, alone["sft"])
+    assert files(run) == files(alone["sft"])
+
+
 # -- SLURM
 
 
@@ -190,7 +205,8 @@ def test_a_signal_of_slurm_stops_all_tasks_after_a_step_and_the_same_command_goe
     called.chmod(0o755)
     path = {"PATH": f"{called.parent}:{os.environ['PATH']}"}
     steps = 400
-    arguments = command(stage, None, STRATEGY[stage], "--resume=true", f"--trainer.max_steps={steps}")
+    goes_on = (STRATEGY[stage], "--resume=true", "--data.num_workers=1")
+    arguments = command(stage, None, *goes_on, f"--trainer.max_steps={steps}")
     with Processes(tmp_path) as processes:
         tasks(processes, arguments, path)
         run = tmp_path / "runs" / stage / "4711.0"
@@ -198,17 +214,15 @@ def test_a_signal_of_slurm_stops_all_tasks_after_a_step_and_the_same_command_goe
         while not list(run.glob("checkpoints/step*.ckpt")):
             assert time.monotonic() < until and None in {p.poll() for p in processes.started}, processes.said()
             time.sleep(0.05)
-        processes.started[1].send_signal(sent)
+        os.killpg(processes.started[1].pid, sent)  # to the loader's workers too, as SLURM does
         assert processes.statuses() == [143, 143], processes.said()
-        assert f"{sent.name}: the run stops after step" in processes.log(0).read_text() or sent == signal.SIGUSR1
+        assert f"{sent.name}: the run stops after step" in processes.said() or sent == signal.SIGUSR1
     (stopped,) = run.glob("checkpoints/preempted-step*.ckpt")
     assert runs.is_whole(stopped) and not (run / "results.json").exists() and not list(run.glob("hpc_ckpt*"))
     assert not (tmp_path / "requeued").exists(), "the job's script does that"
     step = int(stopped.stem[-6:])
     assert 0 < step < steps
     with Processes(tmp_path) as processes:  # the queue starts the same script again, under the same job id
-        tasks(
-            processes, command(stage, None, STRATEGY[stage], "--resume=true", f"--trainer.max_steps={step + 2}"), path
-        )
+        tasks(processes, command(stage, None, *goes_on, f"--trainer.max_steps={step + 2}"), path)
         assert processes.statuses() == [0, 0], processes.said()
     assert (run / "results.json").is_file() and max(key[0] for key in losses(run)) == step + 1
