@@ -25,6 +25,7 @@ from lit_align.sharded_checkpoint import (
     read_meta,
     read_optimizer,
     read_weights,
+    tied_names,
     write_shards,
 )
 
@@ -141,7 +142,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             folder.begin()
         self.barrier()
         names = [parameter_names(self._module, optimizer) for optimizer in self.optimizers]
-        meta = write_shards(folder.part, checkpoint, names)
+        meta = write_shards(folder.part, checkpoint, names, tied_names(self._module))
         if self.is_global_zero:
             folder.finish(meta)
         self.barrier()

@@ -92,6 +92,9 @@ def test_a_checkpoint_holds_what_was_trained_and_nothing_else(name, folder, resu
     trained = [value for key, value in weights.items() if not key.endswith("lm_head.weight")]  # tied
     assert len(moments) == len(trained)
     assert all(set(kept) == {"step", "exp_avg", "exp_avg_sq"} for kept in moments.values())
+    stored = {key.removeprefix("state_dict.") for key in read_list(path).state_dict_metadata}
+    tied = {key for key in weights if key.endswith("lm_head.weight")}
+    assert stored & set(weights) == set(weights) - tied and bool(tied) == ("lora" not in name), "tied weights once"
     if "lora" in name:
         assert all("lora_" in key or "score" in key for key in weights)
         stored = read_list(path).state_dict_metadata.values()
