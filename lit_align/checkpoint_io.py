@@ -49,7 +49,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ValueError: The file holds something else.
         """
         if _is_local_file_protocol(path) and Path(path).is_dir():
-            return read_whole(Path(path))
+            with nothing_executed(Path(path) / META):
+                return read_whole(Path(path))
         with nothing_executed(path):
             safe = True if weights_only is None else weights_only
             return super().load_checkpoint(path, map_location or _to_cpu, safe)

@@ -130,8 +130,10 @@ def _announced(folder: Path) -> Path:
 
 
 def _rank() -> int:
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((int(rank) for rank in ranks if rank is not None), 0)
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID"))
+    told = next((int(rank) for rank in ranks if rank is not None), None)
+    # Lightning's own launcher tells the processes of a host apart, and NODE_RANK the hosts: not 0 is all that matters.
+    return told if told is not None else int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("NODE_RANK", 0))
 
 
 def _job_id() -> str | None:

@@ -14,28 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lit_align.sharded_metadata import ListReader, read_list
+
 META = "meta.pt"
 WEIGHTS = "state_dict."
 OPTIMIZERS = "optimizer_states"
+TIED = "tied"
+"""In `meta.pt`: weights that are written under another name, and that name."""
 
 
-def write_shards(folder: Path, checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+def write_shards(
+    folder: Path,
+    checkpoint: dict[str, Any],
+    names: Sequence[Sequence[str]],
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Writes the tensors of weights and optimizers; all ranks have to call it.
 
     Args:
         folder: There already.
         checkpoint: As Lightning made it.
         names: Of each optimizer's parameters, in its order.
+        tied: See `tied_names`; these are written once.
 
     Returns:
         What is left for `meta.pt`.
     """
     meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", OPTIMIZERS)}
-    tensors = {WEIGHTS + name: value for name, value in checkpoint["state_dict"].items()}
+    weights = checkpoint["state_dict"]
+    meta[TIED] = {name: first for name, first in (tied or {}).items() if name in weights and first in weights}
+    tensors = {WEIGHTS + name: value for name, value in weights.items() if name not in meta[TIED]}
     if OPTIMIZERS in checkpoint:
         meta[OPTIMIZERS] = []
         for number, (state, own) in enumerate(zip(checkpoint[OPTIMIZERS], names, strict=True)):
@@ -61,8 +74,9 @@ def read_whole(folder: Path, optimizers: bool = True) -> dict[str, Any]:
     tensors = {key: torch.empty(kept.size, dtype=kept.properties.dtype) for key, kept in wanted.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    meta["state_dict"] = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
+        _read(tensors, folder, no_dist=True)
+    weights = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
+    meta["state_dict"] = weights | {name: weights[first] for name, first in meta.pop(TIED, {}).items()}
     states = meta.pop(OPTIMIZERS, None)
     if optimizers and states is not None:
         meta[OPTIMIZERS] = [_numbered(state, _of(number, tensors)) for number, state in enumerate(states)]
@@ -84,8 +98,9 @@ def read_weights(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, size in sizes.items():
         if name in like and like[name].shape != size:
             raise ValueError(f"the checkpoint's {name} has shape {tuple(size)}; expected {tuple(like[name].shape)}")
-    dcp.load(tensors, checkpoint_id=folder)
-    return {name: tensors.get(WEIGHTS + name, torch.empty(0)) for name in sizes}
+    _read(tensors, folder)
+    weights = {name: tensors.get(WEIGHTS + name, torch.empty(0)) for name in sizes}
+    return weights | {name: weights[first] for name, first in read_meta(folder).get(TIED, {}).items()}
 
 
 def read_optimizer(
@@ -107,7 +122,7 @@ def read_optimizer(
         tensors[_optimizer(number) + slot] = (
             torch.empty(kept.size, dtype=dtype) if whole else torch.empty_like(like, dtype=dtype, requires_grad=False)
         )
-    dcp.load(tensors, checkpoint_id=folder)
+    _read(tensors, folder)
     return _numbered(state, _of(number, tensors))
 
 
@@ -130,8 +145,24 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Names of parameters that the module has under an earlier name too, and that name."""
+    first: dict[Tensor, str] = {}
+    names = [(name, first.setdefault(p, name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: earlier for name, earlier in names if name != earlier}
+
+
 def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    return read_list(folder).state_dict_metadata  # type: ignore[return-value]
+
+
+def _read(tensors: dict[str, Tensor], folder: Path, no_dist: bool = False) -> None:
+    """Fills tensors from the shards, of which torch reads each with `weights_only=True`."""
+    try:
+        dcp.load(tensors, storage_reader=ListReader(folder), no_dist=no_dist)
+    except CheckpointException as error:  # no `Exception`: it would end a process without a word of ours
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise ValueError(f"{folder}: rank {rank} cannot read its shards, nothing was executed: {cause}") from error
 
 
 def _optimizer(number: int) -> str:

@@ -13,8 +13,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch.optim import Optimizer
 
+from lit_align.background_io import BackgroundCheckpointIO
 from lit_align.checkpoint_io import WholeFolder, remove_folder
 from lit_align.models.sharding import Sharding, building_in_shards
+from lit_align.models.unpickling import nothing_executed
 from lit_align.sharded_checkpoint import (
     OPTIMIZERS,
     in_shards,
@@ -23,6 +25,7 @@ from lit_align.sharded_checkpoint import (
     read_meta,
     read_optimizer,
     read_weights,
+    tied_names,
     write_shards,
 )
 
@@ -84,8 +87,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Sets the optimizers up.
 
         Raises:
-            ValueError: Weights are whole: each rank would train its own.
+            ValueError: Weights are whole: each rank would train its own; or checkpoints were to be written in the
+                background.
         """
+        if self.shards and isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            raise ValueError(
+                "checkpoint_async: under fsdp2 every rank writes its shards, and training waits for the slowest; leave "
+                "checkpoint_async out, or use strategy ddp"
+            )
         whole = [n for n, p in self._module.named_parameters() if p.requires_grad and not is_shard(p)]
         if self.shards and whole:
             raise ValueError(
@@ -133,7 +142,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             folder.begin()
         self.barrier()
         names = [parameter_names(self._module, optimizer) for optimizer in self.optimizers]
-        meta = write_shards(folder.part, checkpoint, names)
+        meta = write_shards(folder.part, checkpoint, names, tied_names(self._module))
         if self.is_global_zero:
             folder.finish(meta)
         self.barrier()
@@ -149,11 +158,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Reads what the stage has to accept; weights follow, from a folder or a file of any number of ranks."""
         path = Path(self.broadcast(checkpoint_path))
         self._folder = path if self.shards and path.is_dir() else None
-        if self._folder is not None:
-            return read_meta(path)
-        if not self.shards:
-            return self.checkpoint_io.load_checkpoint(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with nothing_executed(path):  # whatever `weights_only` says
+            if self._folder is not None:
+                return read_meta(path)
+            if not self.shards:
+                return self.checkpoint_io.load_checkpoint(path)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Puts the weights into the module."""

@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_align.batch.plan import EpochPlan, MicroPlan, plan_epoch
 
+STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+"""Signals that clusters send to all processes of a job, to stop it."""
+
 
 class PlannedLoader:
     """This rank's micro-batches, epoch after epoch, in the order of the step plan.
@@ -143,11 +146,11 @@ class PlannedLoader:
 
 @contextmanager
 def sigterm_held() -> Iterator[None]:
-    """Holds a SIGTERM to this thread back, and lets the processes that are started meanwhile hold it back for good."""
+    """Holds `STOPS` to this thread back, and lets the processes that are started meanwhile hold them back for good."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -155,12 +158,12 @@ def sigterm_held() -> Iterator[None]:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Lets a loader's process go on after a SIGTERM to all processes of a job, so that training still makes its step.
+    """Lets a loader's process go on after a signal to all processes of a job, so that training still makes its step.
 
     A SIGTERM from the training process itself ends it as ever: that is how loaders are taken down.
     """
     if hasattr(signal, "sigwaitinfo"):  # where the sender of a signal can be told
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 

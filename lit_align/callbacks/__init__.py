@@ -2,6 +2,7 @@
 
 from lit_align.callbacks.checkpoints import Checkpoints
 from lit_align.callbacks.export import ExportHF
+from lit_align.callbacks.hosts import OneRun
 from lit_align.callbacks.meter import Meter
 from lit_align.callbacks.predictions import PredictionRows
 from lit_align.callbacks.preemption import Preemption
@@ -14,6 +15,7 @@ __all__ = [
     "ExportHF",
     "JudgeAnswers",
     "Meter",
+    "OneRun",
     "PredictionRows",
     "Preemption",
     "RandomState",

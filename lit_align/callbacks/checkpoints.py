@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,15 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
             self._remove_others(trainer)
 
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Points `last.ckpt` at a checkpoint, at once or, where it is written in the background, when it is there."""
+        afterwards = getattr(trainer.strategy.checkpoint_io, "afterwards", None)
+        if afterwards is None:
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        elif trainer.is_global_zero:
+            afterwards(_link, Path(filepath), Path(linkpath))
+
     def _remove_others(self, trainer: Trainer) -> None:
         """Removes what earlier parts of the run left: Lightning knows of its own process's files alone."""
         if self.save_top_k != KEPT or self.dirpath is None or not trainer.is_global_zero:
@@ -81,6 +92,15 @@ class Checkpoints(ModelCheckpoint):
         written = [path for path in Path(self.dirpath).glob("*step*.ckpt") if OWN.fullmatch(path.name)]
         for path in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:
             trainer.strategy.remove_checkpoint(path)
+
+
+def _link(path: Path, link: Path) -> None:
+    fresh = link.with_name(f".{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(path, link.parent))
+    if link.is_dir() and not link.is_symlink():  # where links are not allowed, folders were copied
+        shutil.rmtree(link)
+    fresh.replace(link)
 
 
 def validation_is_due(trainer: Trainer) -> bool:

@@ -1,7 +1,8 @@
-"""SIGTERM: what a cluster sends before it takes the machine away."""
+"""SIGTERM, and SIGUSR1 of SLURM: what a cluster sends before it takes the machine away."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,8 @@ from lit_align.callbacks.checkpoints import validation_is_due
 class Preemption(Callback):
     """After a SIGTERM to any rank, writes a checkpoint at the next optimizer step and ends the run.
 
+    Under SLURM after a SIGUSR1 too (`--signal=USR1@120`). Putting the job into the queue again is left to its script.
+
     Lightning then raises its `SIGTERMException`; the command line ends with exit code 143.
 
     Args:
@@ -27,6 +30,7 @@ class Preemption(Callback):
         super().__init__()
         self.folder = folder
         self._told = self._waits = False
+        self._signal = signal.SIGTERM.name
         self._step = 0
         self._group: Any = None
 
@@ -35,6 +39,8 @@ class Preemption(Callback):
         self._told = False
         # Lightning's answer broadcasts from inside the signal, whatever the ranks are at: they may wait for ever.
         trainer._signal_connector._sigterm_notifier_fn = self._tell  # type: ignore[method-assign]
+        # The same to SLURM's: it saves inside the signal, in the middle of a step, where ranks are at different places.
+        trainer._signal_connector._slurm_sigusr_handler_fn = self._tell  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares the ranks' agreement."""
@@ -68,11 +74,14 @@ class Preemption(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         if self.folder is None:
-            rank_zero_info(f"SIGTERM: the run stops after step {self._step}; checkpoints are off, nothing was saved")
+            rank_zero_info(
+                f"{self._signal}: the run stops after step {self._step}; checkpoints are off, nothing was saved"
+            )
             return
         path = Path(self.folder) / f"preempted-step{self._step:06d}.ckpt"
         trainer.save_checkpoint(path)
-        rank_zero_info(f"SIGTERM: the run stops after step {self._step}; --resume true goes on from {path}")
+        getattr(trainer.strategy.checkpoint_io, "wait", _nothing)()  # where it is written in the background
+        rank_zero_info(f"{self._signal}: the run stops after step {self._step}; --resume true goes on from {path}")
 
     def _stop(self, trainer: Trainer) -> None:
         # Lightning ends the run once this batch is accounted for and its metrics are logged.
@@ -81,6 +90,7 @@ class Preemption(Callback):
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         self._told = True
+        self._signal = signal.Signals(number).name
 
     def _any_rank_told(self) -> bool:
         if self._group is None:

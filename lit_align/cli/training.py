@@ -18,7 +18,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align import runs
-from lit_align.callbacks import Checkpoints, ExportHF, Meter, PredictionRows, Preemption, RandomState, SaveRun
+from lit_align.background_io import BackgroundCheckpointIO
+from lit_align.callbacks import (
+    Checkpoints,
+    ExportHF,
+    Meter,
+    OneRun,
+    PredictionRows,
+    Preemption,
+    RandomState,
+    SaveRun,
+)
 from lit_align.checkpoint_io import WholeCheckpointIO
 from lit_align.cli.errors import explain, message_for_user, tell
 from lit_align.cli.handover import hand_over_tokenizer
@@ -130,6 +140,12 @@ class AlignCLI(LightningCLI):
             help="Optimizer steps between checkpoints inside an epoch; default: only at the end of epochs.",
         )
         parser.add_argument(
+            "--checkpoint_async",
+            type=bool,
+            default=False,
+            help="Write checkpoints while training goes on, from a copy in the CPU's memory; not under fsdp2.",
+        )
+        parser.add_argument(
             "--meter",
             type=bool,
             default=True,
@@ -216,7 +232,8 @@ class AlignCLI(LightningCLI):
         callbacks += self._default_callbacks(callbacks, config, bool(loggers), self.run_dir)
         plugins = _as_list(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(WholeCheckpointIO())
+            in_background = self.command_config.get("checkpoint_async")
+            plugins.append(BackgroundCheckpointIO() if in_background else WholeCheckpointIO())
         with _building((*self.packages, "lightning")):
             return super().instantiate_trainer(
                 default_root_dir=str(self.run_dir),
@@ -242,7 +259,8 @@ class AlignCLI(LightningCLI):
             return []
         folder = run_dir / runs.CHECKPOINTS
         saves = config.get("enable_checkpointing") is not False
-        defaults: list[Callback] = [RandomState(), ExportHF(), Preemption(str(folder) if saves else None)]
+        defaults: list[Callback] = [OneRun(run_dir, self.command_config.get("ckpt_path")), RandomState(), ExportHF()]
+        defaults.append(Preemption(str(folder) if saves else None))
         if self.command_config.get("meter"):
             defaults.append(Meter())
         if logs:

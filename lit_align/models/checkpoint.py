@@ -66,14 +66,14 @@ def checkpoint_entry(
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The entry and the state dict of a checkpoint; nothing pickled in it is executed.
 
-    A folder, which a sharded run wrote, is read as one; its list of contents is a pickle of torch's own format, so it
-    has to come from somebody whom you trust.
+    A folder, which a sharded run wrote, is read as one.
 
     Raises:
         ValueError: When there is nothing, nothing that a stage of this library wrote, or something to execute.
     """
     if (Path(path) / META).is_file():
-        checkpoint = read_whole(Path(path), optimizers=False)
+        with nothing_executed(Path(path) / META):
+            checkpoint = read_whole(Path(path), optimizers=False)
     elif Path(path).is_file():
         with nothing_executed(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -19,7 +19,8 @@ INNER = {
     "lit_align.rollout": ("lit_align.batch", "lit_align.losses", "lit_align.models"),
     "lit_align.stages": ("lit_align.batch", "lit_align.losses", "lit_align.models", "lit_align.rollout"),
     "lit_align.runs": (),
-    "lit_align.sharded_checkpoint": (),
+    "lit_align.sharded_checkpoint": ("lit_align.sharded_metadata",),
+    "lit_align.sharded_metadata": (),
     "lit_align.pipeline": ("lit_align.runs",),
     "lit_align.machine": (),
     "lit_align.callbacks": (
@@ -39,6 +40,7 @@ OUTER = {
     "lit_align.rollout.advantages": {"torch"},
     "lit_align.runs": set(),
     "lit_align.sharded_checkpoint": {"torch"},
+    "lit_align.sharded_metadata": {"torch"},
     "lit_align.pipeline": set(),
     "lit_align.machine": {"torch"},
 }

@@ -8,7 +8,15 @@ from lit_align import runs
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "SLURM_PROCID",
+        "WORLD_SIZE",
+        "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(runs.VARIABLE, raising=False)
 
@@ -41,6 +49,15 @@ def test_a_rank_that_knows_nothing_makes_no_folder(tmp_path, monkeypatch):
     assert not runs.choose_run_dir(tmp_path, "sft").exists()
     runs.link_latest(tmp_path / "sft" / "x")
     assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("told, first", [({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)])
+def test_another_host_s_first_process_is_not_the_first(told, first, tmp_path, monkeypatch):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "metrics.csv").touch()
+    runs.set_aside(tmp_path / "metrics.csv")
+    assert (tmp_path / "metrics-1.csv").exists() == runs.choose_run_dir(tmp_path, "sft").exists() == first
 
 
 def test_latest_is_a_relative_link_that_moves(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM
 
 from lit_align import runs
@@ -15,6 +14,7 @@ from lit_align.models.checkpoint import read_checkpoint, rebuild
 from lit_align.models.export import export
 from lit_align.models.fingerprint import fingerprint
 from lit_align.sharded_checkpoint import read_meta, read_whole
+from lit_align.sharded_metadata import read_list
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_checkpoints as script
@@ -92,9 +92,12 @@ def test_a_checkpoint_holds_what_was_trained_and_nothing_else(name, folder, resu
     trained = [value for key, value in weights.items() if not key.endswith("lm_head.weight")]  # tied
     assert len(moments) == len(trained)
     assert all(set(kept) == {"step", "exp_avg", "exp_avg_sq"} for kept in moments.values())
+    stored = {key.removeprefix("state_dict.") for key in read_list(path).state_dict_metadata}
+    tied = {key for key in weights if key.endswith("lm_head.weight")}
+    assert stored & set(weights) == set(weights) - tied and bool(tied) == ("lora" not in name), "tied weights once"
     if "lora" in name:
         assert all("lora_" in key or "score" in key for key in weights)
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.values()
+        stored = read_list(path).state_dict_metadata.values()
         adapters = sum(value.numel() for value in weights.values())
         assert sum(tensor.size.numel() for tensor in stored) == 3 * adapters + len(weights), "and moments, and steps"
 
