@@ -16,7 +16,7 @@ from transformers import (
 
 from lit_align.models.adapters import is_adapter_folder, is_tuner_layer, merge_adapter_folder, modules_saved_whole
 from lit_align.models.gguf import forget_gguf, gguf_options
-from lit_align.models.quantization import adopt, quantizing_options, tell_share
+from lit_align.models.quantization import adopt, quantizing_options, refuse_shards, tell_share
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.scalar import HEAD, head_in_float32, install_head
 from lit_align.models.sharding import current_sharding
@@ -55,21 +55,24 @@ def read_pretrained(
         ValueError: When nothing can be loaded from there, or a weight has another shape.
     """
     if source.quantization is not None:
-        _refuse_quantization(source, name)
+        extra |= _quantizing(source, name)
     if is_adapter_folder(source.location[0]):
         with nothing_executed(source.path):
             return _read_adapter(auto_class, source, name, **extra)
     try:
         with nothing_executed(source.path):
-            model, report = _from_pretrained(auto_class, source, whole, name, **extra)
+            model, report = _from_pretrained(auto_class, source, whole, **extra)
     except (OSError, ValueError) as error:
         where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
         raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error
+    if source.quantization is not None:
+        adopt(model, source.quantization)
+        tell_share(model, name)
     if getattr(model, "is_quantized", False):
         raise ValueError(
-            f"{name}.path: the weights in {source.path!r} are quantised already "
-            f"({model.quantization_method}), and can be neither trained nor exported; give the model they were made of, "
-            f"with {name}.quantization: nf4 or int8 for a frozen base in few bits"
+            f"{name}.path: the weights in {source.path!r} are quantised already ({model.quantization_method}), and can "
+            "be neither trained nor exported; give the model that they were made of, with "
+            f"{name}.quantization: nf4 or int8 for a frozen base in few bits"
         )
     if any(is_tuner_layer(module) for module in model.modules()):
         raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
@@ -92,38 +95,36 @@ def refuse_missing(missing: set[str], source: ModelSource, name: str = "model") 
         raise ValueError(f"{name}.path: {source.path!r} lacks {len(missing)} weights of the model ({some}, ...)")
 
 
-def _refuse_quantization(source: ModelSource, name: str) -> None:
-    where = f"{name}.quantization"
+def _quantizing(source: ModelSource, name: str) -> dict[str, Any]:
+    """Arguments for `from_pretrained` that make it quantise; refuses what does not go with them."""
     if current_sharding() is not None:
-        raise ValueError(
-            f"{where}: packed weights cannot be shared out between devices (strategy fsdp2); use strategy ddp, where "
-            "each device holds all of them, or leave quantization out"
-        )
+        refuse_shards(name)
     if is_adapter_folder(source.location[0]):
         raise ValueError(
-            f"{where}: {source.path!r} holds an adapter, which is folded into its base at full precision; write the "
-            "whole model to a folder (export with merge_lora=true) and give that as path"
+            f"{name}.quantization: {source.path!r} holds an adapter, which is folded into its base at full precision; "
+            "write the whole model to a folder (export with merge_lora=true) and give that as path"
         )
     try:
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError):
-        return  # whoever reads the weights says what is wrong
+        config = None  # whoever reads the weights says what is wrong
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{where}: the weights in {source.path!r} are quantised already; give the model that they were made of"
+            f"{name}.quantization: the weights in {source.path!r} are quantised already; give the model that they were "
+            "made of"
         )
+    return quantizing_options(source.quantization, name)
 
 
 def _from_pretrained(
-    auto_class: Any, source: ModelSource, whole: bool, name: str, **extra: Any
+    auto_class: Any, source: ModelSource, whole: bool, **extra: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     folder, gguf_file = source.location
     assert folder is not None, "validate() was called"
     options = {"revision": source.revision or "main", "trust_remote_code": source.trust_remote_code, **extra}
     options |= gguf_options(gguf_file) if gguf_file else {}
-    options |= quantizing_options(source.quantization, name) if source.quantization else {}
     head = nullcontext() if gguf_file else _head_in_float32(auto_class, folder, options)
     slices = None if whole or gguf_file else current_sharding()
     with quiet_loading(), head, reading_slices(slices.mesh) if slices else nullcontext({}) as sliced:
@@ -139,9 +140,6 @@ def _from_pretrained(
         report["mismatched_keys"] = of_all_ranks(report["mismatched_keys"])
     if gguf_file:
         forget_gguf(model)
-    if source.quantization:
-        adopt(model, source.quantization)
-        tell_share(model, name)
     return model, report
 
 

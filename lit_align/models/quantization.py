@@ -1,15 +1,15 @@
 """Quantised bases for LoRA (QLoRA): matrices of frozen networks in 4 or 8 bits, through bitsandbytes.
 
 bitsandbytes quantises, and turns packed weights back; the layer is this library's own, since bitsandbytes' layers give
-other numbers in evaluation than in training on some CPUs (they repack their weights in bfloat16), and in 8 bits let an
-example's result depend on the others beside it (outlier columns are looked for over the whole micro-batch) under a
-gradient that is not that of the forward pass. Here a quantised matrix is the matrix that its packed weights stand for:
-the same in training and evaluation, and the gradient is exact.
+other numbers in evaluation than in training on some CPUs (they repack their weights in bfloat16), are wrong on a CPU in 4
+bits where the input's width is no multiple of 64, and in 8 bits let an example's result depend on the others beside it
+(outlier columns are looked for over the whole micro-batch) under a gradient that is not that of the forward pass. Here a
+quantised matrix is the matrix that its packed weights stand for: the same in training and evaluation, with its gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
 from logging import getLogger
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Linear):
             return self.weight.to(dtype).mul_(rows)  # torch multiplies in float32 and rounds once
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.weight, self._state(dtype))
+        return dequantize_4bit(self.weight, self._state(dtype)).view(self.out_features, self.in_features)
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
         """A plain layer with the matrix that this one stands for."""
@@ -93,13 +93,8 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            if self.kind == "int8":
-                product = _Int8Product.apply(x, self)
-                return product if bias is None else product + bias
-            from bitsandbytes import matmul_4bit
-
-            return matmul_4bit(x, self.weight, self._state(x.dtype), bias=bias)
+            product = _PackedProduct.apply(x, self)
+            return product if self.bias is None else product + self.bias.to(x.dtype)
 
     def _state(self, dtype: torch.dtype) -> QuantState:
         from bitsandbytes.functional import QuantState
@@ -107,7 +102,8 @@ class QuantizedLinear(nn.Linear):
         codes, scale_map = _tables(self.weight.device)
         scales = self.scales.view(torch.float32)
         of_scales = QuantState(scales[:-1], code=scale_map, blocksize=SCALES_BLOCK, dtype=torch.float32)
-        shape = torch.Size((self.out_features, self.in_features))
+        # As one row: bitsandbytes' kernel for CPUs begins a block anew in each row, where `in` is no multiple of 64.
+        shape = torch.Size((1, self.out_features * self.in_features))
         return QuantState(self.block_scales, shape, codes, BLOCK, "nf4", dtype, scales[-1], of_scales)
 
     def extra_repr(self) -> str:
@@ -115,7 +111,7 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.kind}, bias={self.bias is not None}"
 
 
-class _Int8Product(torch.autograd.Function):
+class _PackedProduct(torch.autograd.Function):
     """x W^T, W turned back from its bytes in both passes: what stays for the backward pass are the bytes."""
 
     @staticmethod
@@ -166,9 +162,18 @@ def quantizing_options(kind: Kind, name: str) -> dict[str, Any]:
         ) from error
     if "cpu" not in getattr(bitsandbytes, "supported_torch_devices", {"cpu"}):
         raise ValueError(
-            f"{name}.quantization: bitsandbytes {bitsandbytes.__version__} does not work on a CPU; install 0.48 or later"
+            f"{name}.quantization: bitsandbytes {bitsandbytes.__version__} does not work on a CPU, where weights are "
+            "quantised; install 0.48 or later, or leave quantization out"
         )
     return {"quantization_config": bnb_config(kind), "device_map": {"": "cpu"}}
+
+
+def refuse_shards(name: str) -> None:
+    """Raises ValueError: a quantised network and strategy fsdp2 do not go together."""
+    raise ValueError(
+        f"{name}.quantization: packed weights cannot be shared out between devices (strategy fsdp2); use strategy ddp, "
+        "where each device holds all of them, or leave quantization out"
+    )
 
 
 def adopt(model: PreTrainedModel, kind: Kind) -> None:
@@ -210,6 +215,24 @@ def _take_nf4(own: QuantizedLinear, layer: Any) -> None:
     own.scales.copy_(torch.cat([state.absmax.float(), mean[None]]).view(torch.uint8))
 
 
+def dequantized_state(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A plain model's state dict out of one with packed weights.
+
+    Args:
+        model: Without a wrapper; its layers may have adapters on them.
+        state: By the plain model's names, the parts of packed weights among them.
+        dtype: Of the weights that the packed ones stand for.
+    """
+    plain = dict(state)
+    for name, layer in quantized_layers(model):
+        name = name.removesuffix(".base_layer")
+        for part in ("block_scales", "scales"):
+            plain.pop(f"{name}.{part}", None)
+        weight = layer.dequantized(dtype)
+        plain[f"{name}.weight"] = weight.T.contiguous() if layer.transposed else weight
+    return plain
+
+
 # -- what is quantised
 
 
@@ -234,16 +257,21 @@ def quantize_shapes(model: PreTrainedModel, kind: Kind) -> None:
         model.set_submodule(name, QuantizedLinear(*shape, kind, layer.bias, transposed))
 
 
+def packed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that packed weights are made of: they are no numbers of the network's own."""
+    parts = ("weight", "block_scales", "scales")
+    return {f"{name}.{part}" for name, _ in quantized_layers(model) for part in parts}
+
+
+def weight_count(model: nn.Module) -> int:
+    """Weights of a network, of a packed matrix as many as it stands for."""
+    packed = packed_names(model)
+    stands_for = sum(layer.in_features * layer.out_features for _, layer in quantized_layers(model))
+    return stands_for + sum(p.numel() for name, p in model.named_parameters() if name not in packed)
+
+
 def tell_share(model: nn.Module, name: str) -> None:
-    """Logs which share of the weights is quantised: embeddings, heads and experts in one tensor are not."""
+    """Logs which share of the weights is quantised: embeddings, heads, and experts in one tensor, are not."""
     layers = [layer for _, layer in quantized_layers(model)]
-    packed = sum(layer.in_features * layer.out_features for layer in layers)
-    own = {id(p) for layer in layers for p in layer.parameters()}
-    others = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    log.info(
-        "%s: %s matrices in %s, %.0f%% of the weights; the others as they are",
-        name,
-        len(layers),
-        layers[0].kind if layers else "no",
-        100 * packed / max(packed + others, 1),
-    )
+    share = sum(layer.in_features * layer.out_features for layer in layers) / weight_count(model)
+    log.info("%s: %s matrices in %s, %.0f%% of its weights", name, len(layers), quantization_of(model), 100 * share)
