@@ -98,7 +98,7 @@ def check_layer(layer, weight):
     best, scale = oracle(weight, layer.kind), float(weight.abs().max())
     assert float(((got - weight).abs() - (best - weight).abs()).max()) < 1e-3 * scale
     assert float((got - best).abs().mean()) < 1e-4 * scale  # and mostly it is the same one
-    assert float((got - weight).abs().mean()) > 1e-3 * scale
+    assert float((got - weight).abs().mean()) > 2e-4 * scale
 
 
 def source(tiny_model, kind="nf4", **more):
@@ -109,7 +109,7 @@ def stirred(model):
     """Adapters that change something."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
@@ -239,7 +239,7 @@ def test_autocast_computes_in_16_bits_as_a_plain_layer_does(kind, tiny_model):
 
 @EACH_KIND
 def test_training_and_evaluation_give_the_same_and_so_do_neighbours(kind, tiny_model):
-    """Outlier columns of LLM.int8() would be chosen over the whole micro-batch; bfloat16 kernels in evaluation alone."""
+    """LLM.int8() looks for outlier columns over the micro-batch; in evaluation bitsandbytes may compute in bfloat16."""
     model, batch = load_causal_lm(source(tiny_model, kind, dtype="float32")), micro_batch()
     layer = next(layer for _, layer in quantized_layers(model))
     with evaluating(model), torch.no_grad():
@@ -425,7 +425,10 @@ def test_planned_bytes_are_those_of_the_storages(kind, tiny_model):
         ({"quantization": "fp3"}, r"policy\.quantization: expected one of nf4, int8, or null; got 'fp3'"),
         ({"lora": None}, r"policy\.quantization: weights in nf4 cannot be trained .*policy\.lora"),
         ({"dtype": "float64"}, r"policy\.quantization: .* policy\.dtype to float32 or bfloat16"),
-        ({"path": None, "config": {"model_type": "llama"}, "tokenizer": "x"}, r"from scratch .* leave quantization out"),
+        (
+            {"path": None, "config": {"model_type": "llama"}, "tokenizer": "x"},
+            r"from scratch .* leave quantization out",
+        ),
         ({"gguf_file": "model.gguf", "path": "org/model"}, r"GGUF .* export --checkpoint"),
     ],
 )
