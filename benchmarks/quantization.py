@@ -2,9 +2,9 @@
 
     python -m benchmarks.quantization --model models/smollm2-135m-instruct --data sft.jsonl --out qlora.json
 
-The same conversations, packed in the same way, for every base; adapters on all of them. One process: the bases take their
-steps in turn, so that whatever else the machine does falls on all of them; seconds are medians, and only their ratios say
-something on a shared machine.
+The same conversations, packed in the same way, for every base; adapters on all of them. One process: the bases take
+their steps in turn, so that whatever else the machine does falls on all of them; seconds are medians, and only their
+ratios say something on a shared machine.
 """
 
 from __future__ import annotations

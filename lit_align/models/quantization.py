@@ -1,10 +1,10 @@
 """Quantised bases for LoRA (QLoRA): matrices of frozen networks in 4 or 8 bits, through bitsandbytes.
 
 bitsandbytes quantises, and turns packed weights back; the layer is this library's own. bitsandbytes' layers give other
-numbers in evaluation than in training on some CPUs (they repack their weights in bfloat16), are wrong in 4 bits on a CPU
-where the input's width is no multiple of 64, and in 8 bits let an example's result depend on those beside it (outlier
-columns are looked for over the whole micro-batch), under a gradient that is not that of the forward pass. Here a packed
-matrix is the matrix that it stands for, in training and in evaluation, on any device, and the gradient is that of it.
+numbers in evaluation than in training on some CPUs (they repack their weights in bfloat16), are wrong in 4 bits on a
+CPU where the input's width is no multiple of 64, and in 8 bits let an example's result depend on those beside it
+(outlier columns are looked for over the whole micro-batch), under a gradient that is not that of the forward pass. Here
+a packed matrix is the matrix that it stands for, in training and in evaluation, on any device, and so is its gradient.
 """
 
 from __future__ import annotations
