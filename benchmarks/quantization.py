@@ -3,8 +3,8 @@
     python -m benchmarks.quantization --model models/smollm2-135m-instruct --data sft.jsonl --out qlora.json
 
 The same conversations, packed in the same way, for every base; adapters on all of them. One process: the bases take
-their steps in turn, so that whatever else the machine does falls on all of them; seconds are medians, and only their
-ratios say something on a shared machine.
+their steps in turn, so that whatever else the machine does falls on all of them. Seconds are the processor's (run it
+with OMP_NUM_THREADS=1), medians, and only their ratios say something on a shared machine.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ BASES = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "nf4": {"quantization": "nf4"},
-    "nf4, bfloat16": {"quantization": "nf4", "dtype": "bfloat16"},
 }
-CONVERSATIONS, HELD_OUT, RATE = 4, 16, 1e-3
+CONVERSATIONS, HELD_OUT, LENGTH, TIMED, RATE = 1, 4, 96, 6, 1e-3
+LEARNS = "nf4"
+"""The base that makes all steps; the others make the first `TIMED`."""
 
 
 def main() -> None:
@@ -53,9 +54,9 @@ def measure(model: str, data: str, steps: int) -> dict[str, Any]:
     """What the bases take and give.
 
     Returns:
-        For each base: bytes of its frozen weights; loss in nats per token on held-out conversations before training and
-        after it; of nf4 after folding adapters into the weights that were trained on, and into the original ones;
-        median seconds a step.
+        For each base: bytes of its frozen weights; loss in nats per token on held-out conversations before training; of
+        the one that makes all steps also after it, and then with its adapters folded into the weights that they were
+        trained on, and with them on the original weights; median seconds a step.
     """
     train, held_out = micro_batches(model, data, steps)
     networks, optimizers, taken = {}, {}, {name: [] for name in BASES}
@@ -69,23 +70,27 @@ def measure(model: str, data: str, steps: int) -> dict[str, Any]:
         frozen = (p for p in networks[name].parameters() if not p.requires_grad)
         size = sum(p.untyped_storage().nbytes() for p in frozen)
         result[name] = {"bytes": size, "before": loss_over(networks[name], held_out)}
-    for batch in train:
+        print(name, result[name], flush=True)
+    for number, batch in enumerate(train):
         for name, network in networks.items():
-            began = time.perf_counter()
+            if number >= TIMED and name != LEARNS:
+                continue
+            began = time.process_time()
             losses[name].append(step(network, optimizers[name], batch))
-            taken[name].append(time.perf_counter() - began)
-    for name, network in networks.items():
-        result[name] |= {"after": loss_over(network, held_out), "seconds": statistics.median(taken[name][2:])}
-        result[name]["losses"] = losses[name]
-    result["nf4"] |= merged_both_ways(networks["nf4"], networks["float32"], model, held_out)
+            taken[name].append(time.process_time() - began)
+            print(f"{name}: {losses[name][-1]:.4f} in {taken[name][-1]:.1f} s", flush=True)
+    for name in networks:
+        result[name] |= {"seconds": statistics.median(taken[name][1:TIMED]), "losses": losses[name]}
+    result[LEARNS]["after"] = loss_over(networks[LEARNS], held_out)
+    result[LEARNS] |= merged_both_ways(networks[LEARNS], networks["float32"], model, held_out)
     return {"bases": result, "steps": steps, "model": model, "machine": machine(), "versions": versions()}
 
 
 def micro_batches(model: str, data: str, steps: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """Packed conversations of at most 384 tokens: to train on, a step each, and to look at."""
+    """Packed conversations, cut to `LENGTH` tokens: to train on, a step each, and to look at."""
     tokenizer = load_tokenizer(ModelSource(path=model))
     module = SFTDataModule(
-        train=data, tokenizer=tokenizer, max_length=384, overlong="truncate", batch_size=CONVERSATIONS
+        train=data, tokenizer=tokenizer, max_length=LENGTH, overlong="truncate", batch_size=CONVERSATIONS
     )
     module.prepare_data()
     module.setup("fit")
