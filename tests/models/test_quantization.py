@@ -22,6 +22,10 @@ from lit_align.models.modes import base_model, evaluating
 from lit_align.models.quantization import (
     QuantizedLinear,
     _tables,
+    _take_int8,
+    _take_nf4,
+    bnb_config,
+    dequantized_state,
     quantization_of,
     quantize_shapes,
     quantized_layers,
@@ -148,20 +152,58 @@ def test_a_layer_stands_for_the_values_that_the_papers_give(kind, dtype, tiny_mo
         check_layer(layer, weight.double())
 
 
-def test_many_blocks_and_an_odd_last_one_stand_for_the_same():
-    """More than 256 scales, and a last block that is not full."""
-    from bitsandbytes.nn import Linear4bit
+def packed_layer(weight, kind, **more):
+    """A layer of its own, quantised as `from_pretrained` would."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from lit_align.models.quantization import _take_nf4
-
-    weight = torch.randn(150, 130, generator=torch.Generator().manual_seed(3))
-    layer = Linear4bit(130, 150, bias=False, compress_statistics=False, quant_type="nf4")
+    rows, columns = weight.shape
+    if kind == "nf4":
+        layer = Linear4bit(columns, rows, bias=False, compress_statistics=False, quant_type="nf4")
+    else:
+        layer = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
     layer.weight.data = weight.clone()
-    layer = layer.to("cpu")
-    own = QuantizedLinear(130, 150, "nf4")
-    _take_nf4(own, layer)
-    assert own.scales.numel() == 4 * (2 + 1)
-    check_layer(own, weight.double())
+    layer.to("cpu")
+    own = QuantizedLinear(columns, rows, kind, **more)
+    {"nf4": _take_nf4, "int8": _take_int8}[kind](own, layer)
+    return own
+
+
+def random_weight(rows, columns):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+
+
+@EACH_KIND
+@pytest.mark.parametrize("shape", [(64, 32), (48, 96), (150, 130), (64, 640)], ids=str)
+def test_a_matrix_of_any_shape_stands_for_what_the_papers_give(kind, shape):
+    """Blocks longer than a row, blocks over the end of a row, a last block that is not full, more than 256 blocks."""
+    weight = random_weight(*shape)
+    check_layer(packed_layer(weight, kind), weight.double())
+
+
+@EACH_KIND
+def test_a_layer_has_the_product_and_the_gradient_of_its_matrix(kind):
+    layer, x = packed_layer(random_weight(48, 96), kind), torch.randn(5, 96, requires_grad=True)
+    plain = x.detach().clone().requires_grad_()
+    want = plain.double() @ decoded(layer).T
+    want.square().sum().backward()
+    got = layer(x)
+    got.square().sum().backward()
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(x.grad, plain.grad, rtol=1e-4, atol=1e-4 * float(plain.grad.abs().max()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+
+
+@EACH_KIND
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_plain_state_has_the_matrix_as_the_architecture_keeps_it(kind, transposed):
+    holder = torch.nn.Module()
+    holder.part = packed_layer(random_weight(48, 96), kind, transposed=transposed)
+    state = dequantized_state(holder, holder.state_dict(), torch.float32)
+    want = decoded(holder.part).T if transposed else decoded(holder.part)
+    assert set(state) == {"part.weight"}
+    assert torch.allclose(state["part.weight"].double(), want, rtol=1e-6, atol=1e-6)
 
 
 @EACH_KIND
@@ -172,8 +214,6 @@ def test_bfloat16_is_rounded_once(kind, tiny_model):
 
 def test_packed_weights_do_not_depend_on_the_number_of_threads(tiny_model):
     from bitsandbytes.nn import Linear4bit
-
-    from lit_align.models.quantization import _take_nf4
 
     torch.manual_seed(2)
     layer = Linear4bit(4096, 1024, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
@@ -451,8 +491,6 @@ def test_an_adapter_folder_is_refused(tiny_model, tmp_path):
 
 
 def test_weights_that_are_quantised_already_are_refused(tiny_model, tmp_path):
-    from lit_align.models.quantization import bnb_config
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=bnb_config("nf4"), device_map="cpu")
     model.save_pretrained(tmp_path)
     assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
