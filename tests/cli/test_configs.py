@@ -73,7 +73,7 @@ def test_an_overlay_of_the_base_changes_the_source_of_what_is_trained_and_nothin
     source, before = config["model"]["init_args"].pop(role), plain["model"]["init_args"].pop(role)
     assert all(config[part] == plain[part] for part in ("model", "data", "trainer"))
     assert (source["quantization"], source["lora"]["r"], source["lora"]["alpha"]) == ("nf4", 16, 32)
-    changed = {key for key in source if source[key] != before[key]}
+    changed = {key for key, value in vars(source).items() if value != before[key]}
     assert changed == {"quantization", "lora"}
 
 

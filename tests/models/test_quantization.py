@@ -33,6 +33,7 @@ from lit_align.models.quantization import (
 )
 from lit_align.models.reference import reference_mode
 from lit_align.models.scalar import ScalarHead
+from lit_align.models.shapes import weights_of
 from lit_align.models.sharding import Sharding, building_in_shards
 from lit_align.models.source import LoraSettings, ModelSource
 
@@ -463,6 +464,20 @@ def test_planned_bytes_are_those_of_the_storages(kind, tiny_model):
     tables = sum(t.untyped_storage().nbytes() for t in _tables(torch.device("cpu")))
     bytes_planned = sum(p.numel() * p.element_size() for p in planned.parameters())
     assert bytes_planned == pytest.approx(storages(real) + tables, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+@EACH_KIND
+def test_planned_bytes_of_a_real_model_are_those_of_its_storages(kind, smollm):
+    settings = ModelSource(path=str(smollm), quantization=kind, dtype="bfloat16", lora=LoraSettings(r=16))
+    tables = sum(t.untyped_storage().nbytes() for t in _tables(torch.device("cpu")))
+    found = storages(load_causal_lm(settings)) + tables
+    planned = weights_of(meta_network(settings, "causal"))
+    assert planned.total_bytes == pytest.approx(found, rel=0.02)
+    matrices = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    others = 2 * (134_515_008 - matrices)
+    assert planned.frozen_bytes - others == pytest.approx(matrices * {"nf4": 0.5159, "int8": 1.0053}[kind], rel=1e-3)
 
 
 # -- what is refused
