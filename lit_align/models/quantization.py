@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
-from logging import getLogger
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,8 +26,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 # bitsandbytes is imported where it is really used: it takes seconds.
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
-
-log = getLogger(__name__)
 
 Kind = Literal["nf4", "int8"]
 BLOCK, SCALES_BLOCK = 64, 256
@@ -271,7 +268,9 @@ def weight_count(model: nn.Module) -> int:
 
 
 def tell_share(model: nn.Module, name: str) -> None:
-    """Logs which share of the weights is quantised: embeddings, heads, and experts in one tensor, are not."""
+    """Says which share of the weights is quantised: embeddings, heads, and experts in one tensor, are not."""
+    from lightning.pytorch.utilities import rank_zero_info
+
     layers = [layer for _, layer in quantized_layers(model)]
     share = sum(layer.in_features * layer.out_features for layer in layers) / weight_count(model)
-    log.info("%s: %s matrices in %s, %.0f%% of its weights", name, len(layers), quantization_of(model), 100 * share)
+    rank_zero_info(f"{name}: {len(layers)} matrices in {quantization_of(model)}, {share:.0%} of its weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 
 import pytest
 import torch
@@ -532,13 +531,14 @@ def test_without_bitsandbytes_it_says_what_is_missing(tiny_model, monkeypatch):
         load_causal_lm(source(tiny_model), "policy")
 
 
-def test_the_share_of_quantised_weights_is_logged(tiny_model, caplog):
-    with caplog.at_level(logging.INFO, "lit_align.models.quantization"):
-        model = load_causal_lm(source(tiny_model, "int8"), "policy")
+def test_the_share_of_quantised_weights_is_told(tiny_model, monkeypatch):
+    messages = []
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_info", messages.append)
+    model = load_causal_lm(source(tiny_model, "int8"), "policy")
     packed = sum(layer.in_features * layer.out_features for _, layer in quantized_layers(model))
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = 100 * packed / (weight_count(model) - adapters)
-    assert caplog.messages == [f"policy: 14 matrices in int8, {share:.0f}% of its weights"]
+    share = packed / (weight_count(model) - adapters)
+    assert messages == [f"policy: 14 matrices in int8, {share:.0%} of its weights"]
 
 
 def test_shapes_alone_know_what_is_quantised(tiny_model):

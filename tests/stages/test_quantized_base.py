@@ -213,3 +213,18 @@ def test_a_run_is_not_resumed_on_another_base(trained, tiny_model, conversations
         run(stage_of(LitSFT, packed(folder, "nf4")), make_data(conversations), make_trainer(max_steps=5), str(path))
     with pytest.raises(ValueError, match=r"policy: the base has changed since training"):
         export(str(path), str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_trainer_in_16_bits_computes_with_the_same_base(
+    precision, tiny_model, conversations, make_data, make_trainer
+):
+    stages, losses = [], []
+    for chosen in ("32-true", precision):
+        stage = stage_of(LitSFT, packed(tiny_model, "nf4"))
+        logged = run(stage, make_data(conversations), make_trainer(max_steps=1, precision=chosen))
+        losses.append(next(value for name, value in logged if name == "train/loss"))
+        stages.append(stage)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for (_, layer), (_, other) in zip(*(quantized_layers(stage.policy) for stage in stages), strict=True):
+        assert torch.equal(layer.dequantized(torch.float32), other.dequantized(torch.float32))
