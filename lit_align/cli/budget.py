@@ -109,7 +109,20 @@ def _forward(situation: Situation) -> dict[str, int]:
         parts["head: chunk, or the critic's activations"] = max(head.chunk, tail)
     else:
         parts["head: chunk of the vocabulary"] = head.chunk
+    # Of a quantised base one matrix at a time is whole, from the backward pass' first one on: the head's chunk is free.
+    spare = sum(size for name, size in parts.items() if name.startswith("head: chunk"))
+    parts["a quantised matrix, turned back"] = max(0, max(map(_turned_back(situation), situation.trained)) - spare)
     return parts
+
+
+def _turned_back(situation: Situation) -> Callable[[Role], int]:
+    """Bytes of a role's largest quantised matrix in what it computes in, and of its scales."""
+
+    def size(role: Role) -> int:
+        compute = 2 if situation.mixed else role.shape.element
+        return int(role.weights.packed * (compute + FLOAT / 64))
+
+    return size
 
 
 def _head(situation: Situation, role: Role) -> HeadBytes:
@@ -232,7 +245,7 @@ def remedies(situation: Situation, most: float) -> Iterator[Remedy]:
 
 
 def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
-    main = situation.trained[0]
+    main, shared = situation.trained[0], situation.sharded and situation.devices > 1
     if not all(role.source.gradient_checkpointing for role in situation.trained):
         name = " and ".join(f"{role.name}.gradient_checkpointing" for role in situation.trained)
         yield f"{name}: true", lambda s: s.with_sources(lambda source: replace(source, gradient_checkpointing=True))
@@ -240,17 +253,24 @@ def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[
         yield f"accumulate_grad_batches: {situation.most}", lambda s: replace(s, accumulate=situation.most)
     if main.source.lora is None:
         yield f"{main.name}.lora: {{r: 16}}", _with_lora
+    elif main.source.quantization is None and main.source.path and not main.source.location[1] and not shared:
+        yield f"{main.name}.quantization: nf4", _in_four_bits
     if situation.stage == "dpo" and any(role.name == "reference" for role in situation.roles):
         yield "reference_cache: true", lambda s: replace(s, roles=tuple(r for r in s.roles if r.name != "reference"))
-    if not (situation.sharded and situation.devices > 1):
+    if not shared and not any(role.source.quantization for role in situation.roles):
         number = situation.devices if situation.devices > 1 else _enough_devices(situation, most)
         yield f"strategy: fsdp2 over {number} devices", lambda s: _in_shards(s, number)
     if situation.state(torch.float32) > 2 * EIGHT_BIT:
         yield "optimizer: bitsandbytes.optim.AdamW8bit", lambda s: replace(s, state=lambda dtype: EIGHT_BIT)
 
 
+def _in_four_bits(situation: Situation) -> Situation:
+    return situation.with_sources(lambda source: replace(source, quantization="nf4"))
+
+
 def _in_shards(situation: Situation, number: int) -> Situation:
     parts = situation.devices * situation.accumulate  # of a step, as before
+    situation = situation.with_sources(lambda source: replace(source, quantization=None))  # packed weights stay whole
     return replace(situation, sharded=True, devices=number, accumulate=-(-parts // number))
 
 

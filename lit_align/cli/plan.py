@@ -31,6 +31,7 @@ from lit_align.cli.workload import Data, seconds, step_flops
 from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
+from lit_align.models.quantization import refuse_shards
 from lit_align.stages.stage import Stage
 
 USAGE = """usage: lit-align plan --config FILE [--config OVERLAY] [--OPTION=VALUE]
@@ -139,7 +140,9 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
     device = _device(trainer.get("accelerator"))
     devices = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
     accumulate = trainer.get("accumulate_grad_batches") or 1
-    roles = roles_of(stage, half)
+    roles, sharded = roles_of(stage, half), _is_sharded(trainer.get("strategy"))
+    if sharded and (packed := [role.name for role in roles if role.source.quantization]):
+        refuse_shards(packed[0])
     sizes = Data(data, stage)
     optimizer = stage.optimizer([torch.nn.Parameter(torch.zeros(1))])
     options = optimizer.defaults
@@ -150,7 +153,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         roles=roles,
         device=device,
         devices=devices,
-        sharded=_is_sharded(trainer.get("strategy")),
+        sharded=sharded,
         mixed=mixed,
         accumulate=accumulate,
         load=sizes.load,

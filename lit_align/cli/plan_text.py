@@ -8,6 +8,7 @@ from lit_align.cli.budget import Budget, budget_of, remedies, sent_bytes
 from lit_align.cli.situation import Role, Situation
 from lit_align.cli.workload import Seconds, Workload
 from lit_align.machine import Machine
+from lit_align.models.quantization import packed_names, weight_count
 
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 SIZES = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -31,11 +32,12 @@ def _way(situation: Situation) -> str:
 
 
 def _network(role: Role) -> str:
-    parameters = list(role.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    model, packed = role.model, packed_names(role.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name not in packed})
+    dtypes += [str(role.source.quantization)] if packed else []
     some = f"{_count(sum(p.numel() for p in trained))} of them trained" if trained else "frozen"
-    return f"{_count(sum(p.numel() for p in parameters))} parameters ({', '.join(dtypes)}), {some}"
+    return f"{_count(weight_count(model))} parameters ({', '.join(dtypes)}), {some}"
 
 
 def _count(number: int) -> str:

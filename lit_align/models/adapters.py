@@ -7,9 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_align.models.quantization import QuantizedLinear, dequantized_state
 from lit_align.models.source import LoraSettings
 
 # peft is imported where adapters are really used: it takes seconds, and most starts do without.
@@ -91,11 +93,13 @@ def plain_name(name: str) -> str | None:
 def merged_state(model: PeftModel) -> dict[str, Tensor]:
     """The plain model's weights with the adapters folded in; the model itself is not touched.
 
+    Of a quantised base these are the weights that it stands for, in the model's type: those that were trained on.
     Merging in place and taking it back would leave rounding behind in a model that is still in use.
     """
     state = {plain: value for name, value in model.state_dict().items() if (plain := plain_name(name))}
+    state = dequantized_state(model.get_base_model(), state, model.dtype)
     for name, layer in _adapted_layers(model):
-        state |= {f"{name}.{key}": value for key, value in _folded(layer).items()}
+        state |= {f"{name}.{key}": value for key, value in _folded(layer, model.dtype).items()}
     return state
 
 
@@ -105,9 +109,15 @@ def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _folded(layer: Any) -> dict[str, Tensor]:
+def _folded(layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     if not is_tuner_layer(layer):
         return dict(layer.modules_to_save[layer.active_adapter].state_dict())
     layer = deepcopy(layer)  # one layer at a time: the copy costs the memory of one matrix, not of the model
+    packed = layer.get_base_layer()
+    if isinstance(packed, QuantizedLinear):
+        layer.base_layer = packed.plain(dtype)
     layer.merge(safe_merge=True)
-    return dict(layer.get_base_layer().state_dict())
+    folded = dict(layer.get_base_layer().state_dict())
+    if getattr(packed, "transposed", False):
+        folded["weight"] = folded["weight"].T.contiguous()
+    return folded

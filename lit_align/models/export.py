@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ from lit_align.models.adapters import ADAPTER_CONFIG, merged_state
 from lit_align.models.checkpoint import AUTO, is_scalar, plain_config, read_checkpoint, rebuild, restore_tokenizer
 from lit_align.models.folder import whole_folder
 from lit_align.models.modes import evaluating, has_adapters
+from lit_align.models.quantization import adopt, quantization_of, quantizing_options
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.tokens import end_of_turn_id, separate_pad_token
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+log = getLogger(__name__)
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of outputs, relative to their scale, where the same weights are read back to the same device."""
@@ -82,15 +86,20 @@ def export_module(
 def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Loads the folder as a user would, into the host's memory, and compares outputs on a small padded batch.
 
+    An adapter alone that was trained on a quantised base is compared on a base that is quantised in the same way.
+
     Raises:
         ValueError: When they differ by more than rounding.
     """
-    extra = {"num_labels": 1} if is_scalar(module) else {}
-    dtype = module.dtype
+    extra: dict[str, Any] = {"num_labels": 1} if is_scalar(module) else {}
+    auto = AUTO["scalar" if extra else "causal"]
+    kind, dtype = quantization_of(module) if (folder / ADAPTER_CONFIG).is_file() else None, module.dtype
+    if kind is not None:
+        extra |= quantizing_options(kind, "export")
     with quiet_loading(), torch.random.fork_rng(devices=[]):
-        read_back = AUTO["scalar" if extra else "causal"].from_pretrained(
-            folder, dtype=dtype, trust_remote_code=_has_own_code(module), **extra
-        )
+        read_back = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=_has_own_code(module), **extra)
+    if kind is not None:
+        adopt(read_back, kind)
     inputs = _small_batch(module, tokenizer)
     expected, got = _outputs(module, inputs), _outputs(read_back, inputs)
     difference = float((expected - got).abs().max() / _scale(read_back, expected))
@@ -144,6 +153,8 @@ def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
             f"model needs {tokenizer.pad_token_id}: scores would be read at the wrong token; export with "
             "merge_lora=true"
         )
+    if (kind := quantization_of(module)) is not None:
+        log.warning("the adapter was trained on a base in %s; on the plain %s it gives other numbers", kind, base)
     # Without this argument peft asks the Hub whether the vocabulary was resized.
     module.save_pretrained(str(folder), save_embedding_layers=False)
     file = folder / ADAPTER_CONFIG

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lit_align.models.adapters import is_adapter_folder
 from lit_align.models.load import prepare
+from lit_align.models.quantization import quantize_shapes
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.scalar import install_head
 from lit_align.models.scratch import fresh_config
@@ -35,6 +36,8 @@ def meta_network(source: ModelSource, kind: str, name: str = "model") -> nn.Modu
             install_head(model, fresh=True)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=source.torch_dtype)
+        if source.quantization:
+            quantize_shapes(model, source.quantization)
         return prepare(model, source, kind)
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from lit_align.models.adapters import is_adapter_folder, is_tuner_layer, merge_adapter_folder, modules_saved_whole
 from lit_align.models.gguf import forget_gguf, gguf_options
+from lit_align.models.quantization import adopt, quantizing_options, refuse_shards, tell_share
 from lit_align.models.quiet import quiet_loading
 from lit_align.models.scalar import HEAD, head_in_float32, install_head
 from lit_align.models.sharding import current_sharding
@@ -53,6 +54,8 @@ def read_pretrained(
     Raises:
         ValueError: When nothing can be loaded from there, or a weight has another shape.
     """
+    if source.quantization is not None:
+        extra |= _quantizing(source, name)
     if is_adapter_folder(source.location[0]):
         with nothing_executed(source.path):
             return _read_adapter(auto_class, source, name, **extra)
@@ -62,6 +65,15 @@ def read_pretrained(
     except (OSError, ValueError) as error:
         where = "" if Path(str(source.path)).exists() else " (no such folder; it was tried as a Hugging Face id)"
         raise ValueError(f"{name}.path: cannot load {source.path!r}{where}: {first_line(error)}") from error
+    if source.quantization is not None:
+        adopt(model, source.quantization)
+        tell_share(model, name)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{name}.path: the weights in {source.path!r} are quantised already ({model.quantization_method}), and can "
+            "be neither trained nor exported; give the model that they were made of, with "
+            f"{name}.quantization: nf4 or int8 for a frozen base in few bits"
+        )
     if any(is_tuner_layer(module) for module in model.modules()):
         raise ValueError(f"{name}.path: {source.path!r} holds an adapter; download it to a folder, or merge it first")
     for key, stored, expected in sorted(report["mismatched_keys"]):
@@ -81,6 +93,29 @@ def refuse_missing(missing: set[str], source: ModelSource, name: str = "model") 
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(f"{name}.path: {source.path!r} lacks {len(missing)} weights of the model ({some}, ...)")
+
+
+def _quantizing(source: ModelSource, name: str) -> dict[str, Any]:
+    """Arguments for `from_pretrained` that make it quantise; refuses what does not go with them."""
+    if current_sharding() is not None:
+        refuse_shards(name)
+    if is_adapter_folder(source.location[0]):
+        raise ValueError(
+            f"{name}.quantization: {source.path!r} holds an adapter, which is folded into its base at full precision; "
+            "write the whole model to a folder (export with merge_lora=true) and give that as path"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError):
+        config = None  # whoever reads the weights says what is wrong
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name}.quantization: the weights in {source.path!r} are quantised already; give the model that they were "
+            "made of"
+        )
+    return quantizing_options(source.quantization, name)
 
 
 def _from_pretrained(

@@ -70,7 +70,8 @@ def _differences(
     for name in sorted(stored.keys() & roles.keys()):
         now = describe(*roles[name])
         yield from _between(f"{name}.config.", stored[name]["config"], now["config"], UNIMPORTANT)
-        before, after = ({key: d["source"][key] for key in ("dtype", "lora")} for d in (stored[name], now))
+        important = ("dtype", "lora", "quantization")  # the last one is not in older checkpoints
+        before, after = ({key: d["source"].get(key) for key in important} for d in (stored[name], now))
         yield from _between(f"{name}.", before, after)
     if tokenizer is not None:
         files = tokenizer_files(tokenizer)

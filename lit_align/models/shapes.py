@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_align.models.adapters import is_tuner_layer
 from lit_align.models.flops import active_share
 from lit_align.models.forward import base_model
+from lit_align.models.quantization import quantized_layers
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ class Weights:
         trained: Numbers that are trained.
         trained_bytes: Their bytes.
         frozen_bytes: Bytes of all others.
-        matrices: Numbers in the matrices of the layers: what autocast copies.
+        matrices: Numbers in the matrices of the layers: what autocast copies. Quantised ones are not among them.
         layer_bytes: Bytes of one layer.
         table: Numbers of the trained embedding table; 0 = it is frozen.
         head: Numbers of the trained vocabulary projection; 0 = it is frozen, or there is none.
+        packed: Numbers of the largest quantised matrix, which is turned back while it computes; 0 = there is none.
     """
 
     trained: int
@@ -75,6 +77,7 @@ class Weights:
     layer_bytes: int
     table: int
     head: int
+    packed: int
 
     @property
     def total_bytes(self) -> int:
@@ -111,7 +114,7 @@ def shape_of(model: nn.Module) -> Shape:
         adapted=sum(layer.in_features for layer in adapted),
         rank=sum(sum(layer.r.values()) for layer in adapted),
         vocabulary=0 if output is None else output.weight.shape[0],
-        element=next(layers[0].parameters()).element_size(),
+        element=next(_wide(layers[0])).element_size(),
     )
 
 
@@ -127,10 +130,11 @@ def weights_of(model: nn.Module) -> Weights:
         trained=sum(p.numel() for p in trained),
         trained_bytes=trained_bytes,
         frozen_bytes=sum(map(_bytes, parameters)) - trained_bytes,
-        matrices=sum(weight.numel() for layer in layers for _, weight in _matrices(layer)),
+        matrices=sum(w.numel() for layer in layers for _, w in _matrices(layer) if w.is_floating_point()),
         layer_bytes=sum(map(_bytes, layers[0].parameters())),
         table=table.numel() if table.requires_grad else 0,
         head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
+        packed=max((m.in_features * m.out_features for _, m in quantized_layers(inner)), default=0),
     )
 
 
@@ -148,6 +152,11 @@ def _matrices(layer: nn.Module) -> Iterator[tuple[int, Tensor]]:
         if ".lora_" in name or is_tuner_layer(module) or not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
         yield getattr(module, "in_features", weight.shape[0]), weight
+
+
+def _wide(layer: nn.Module) -> Iterator[Tensor]:
+    """A layer's own weights in floating point: not its adapters', nor what is packed."""
+    return (p for name, p in layer.named_parameters() if p.is_floating_point() and ".lora_" not in name)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+QUANTIZATIONS = ("nf4", "int8")
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -47,6 +49,8 @@ class ModelSource:
         revision: Branch, tag or commit of a Hugging Face id.
         dtype: Type of the weights: float32, bfloat16, float16 or float64. A scalar head is float32 at least.
         trust_remote_code: Run Python code that comes with the model. Leave it off unless you have read that code.
+        quantization: Hold the matrices of a frozen model in 4 bits ("nf4", with double quantisation: QLoRA) or 8
+            ("int8"); null leaves them in `dtype`, which is then also what is computed in. What is trained needs `lora`.
         lora: Train low-rank adapters on the frozen model; null trains all weights.
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
         compile: Compile the decoder layers (`torch.compile`): about a minute at the first step.
@@ -62,6 +66,7 @@ class ModelSource:
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    quantization: str | None = None
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -85,11 +90,12 @@ class ModelSource:
         """Folder or id of the tokenizer, and the GGUF file in it if there is one."""
         return (self.tokenizer, None) if self.tokenizer else self.location
 
-    def validate(self, name: str = "model") -> ModelSource:
+    def validate(self, name: str = "model", trained: bool = False) -> ModelSource:
         """Checks what can be checked without loading anything.
 
         Args:
             name: What the user calls this source ("policy", ...); it starts the messages.
+            trained: Whether the network is going to be trained.
 
         Raises:
             ValueError: With what is wrong and how to mend it.
@@ -103,6 +109,8 @@ class ModelSource:
             self._validate_config(name)
         else:
             self._validate_path(name)
+        if self.quantization is not None:
+            self._validate_quantization(name, trained)
         if self.lora is not None and (self.lora.r < 1 or not 0 <= self.lora.dropout < 1):
             raise ValueError(
                 f"{name}.lora: expected r >= 1 and 0 <= dropout < 1; got r={self.lora.r}, dropout={self.lora.dropout}"
@@ -126,6 +134,28 @@ class ModelSource:
         if gguf_file and Path(str(folder)).is_dir() and not (Path(str(folder)) / gguf_file).is_file():
             there = sorted(p.name for p in Path(str(folder)).glob("*.gguf")) or "none"
             raise ValueError(f"{name}.gguf_file: no {gguf_file} in {folder}; .gguf files there: {there}")
+
+    def _validate_quantization(self, name: str, trained: bool) -> None:
+        where = f"{name}.quantization"
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"{where}: expected one of {', '.join(QUANTIZATIONS)}, or null; got {self.quantization!r}")
+        if self.config is not None:
+            raise ValueError(
+                f"{where}: a model from scratch (config) has no weights yet that could be held in {self.quantization}, "
+                "and all of its weights are trained; leave quantization out"
+            )
+        if self.location[1]:
+            raise ValueError(
+                f"{where}: the weights of a GGUF file are packed in a way of their own; turn it into a folder first "
+                "(python -m lit_align export --checkpoint FILE.gguf --out FOLDER) and give that as path"
+            )
+        if self.dtype == "float64":
+            raise ValueError(f"{where}: there is no float64 with it; set {name}.dtype to float32 or bfloat16")
+        if trained and self.lora is None:
+            raise ValueError(
+                f"{where}: weights in {self.quantization} cannot be trained themselves; train adapters on them "
+                f"({name}.lora: {{r: 16}}), or leave quantization out"
+            )
 
     def frozen(self) -> ModelSource:
         """The same weights to look things up in, not to train: no adapters, no activation checkpointing."""

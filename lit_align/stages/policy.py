@@ -42,7 +42,7 @@ class PolicyStage(Stage):
 
     def __init__(self, policy: ModelSource, optimizer: OptimizerCallable, lr_scheduler: SchedulerCallable) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.policy_source = policy.validate("policy")
+        self.policy_source = policy.validate("policy", trained=True)
         self.policy = None
         self.sampling = Sampling()
         self.engine: Engine = Decode()

@@ -113,7 +113,7 @@ class LitPPO(RolloutStage):
         disable_dropout(self.policy)
         self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
         if self.estimator.needs_critic:
-            self.critic = load_scalar_model(self.critic_source, "critic")
+            self.critic = load_scalar_model(self.critic_source.validate("critic", trained=True), "critic")
             disable_dropout(self.critic)
         if self.reward_model_source is not None:
             self.reward_model = freeze(load_scalar_model(self.reward_model_source.frozen(), "reward_model"))

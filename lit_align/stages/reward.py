@@ -46,7 +46,7 @@ class LitReward(Stage):
         lr_scheduler: SchedulerCallable = lambda o, n: WarmupCosine(o, n),
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.reward_model_source, self.center_coef = reward_model.validate("reward_model"), center_coef
+        self.reward_model_source, self.center_coef = reward_model.validate("reward_model", trained=True), center_coef
         self.reward_model = None
 
     def sources(self) -> dict[str, ModelSource]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_align.__main__ import main
@@ -15,6 +16,7 @@ CONFIGS = REPOSITORY / "configs"
 STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "pipeline")
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+BASES = sorted((CONFIGS / "model").glob("*.yaml"))
 
 
 class ParsedOnly(AlignCLI):
@@ -41,7 +43,7 @@ def test_there_is_a_configuration_for_every_stage():
 
 
 def test_no_configuration_lies_where_no_test_looks():
-    known = {*STAGES, *RECIPES, *OVERLAYS, CONFIGS / "pipeline.yaml", *(CONFIGS / "sweeps").glob("*.yaml")}
+    known = {*STAGES, *RECIPES, *OVERLAYS, *BASES, CONFIGS / "pipeline.yaml", *(CONFIGS / "sweeps").glob("*.yaml")}
     assert set(CONFIGS.rglob("*")) - known - {path for path in CONFIGS.rglob("*") if path.is_dir()} == set()
 
 
@@ -61,6 +63,18 @@ def test_an_overlay_changes_the_trainer_and_nothing_else(path):
     for key, value in overlay["trainer"].items():
         assert config["trainer"][key] == value
     assert config["model"] == plain["model"] and config["data"] == plain["data"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_an_overlay_of_the_base_changes_the_source_of_what_is_trained_and_nothing_else(stage):
+    assert [path.stem for path in BASES] == ["qlora", "qlora_rm"]
+    path, role = BASES[stage == "rm"], "reward_model" if stage == "rm" else "policy"
+    config, plain = parsed(CONFIGS / f"{stage}.yaml", path), parsed(CONFIGS / f"{stage}.yaml")
+    source, before = config["model"]["init_args"].pop(role), plain["model"]["init_args"].pop(role)
+    assert all(config[part] == plain[part] for part in ("model", "data", "trainer"))
+    assert (source["quantization"], source["lora"]["r"], source["lora"]["alpha"]) == ("nf4", 16, 32)
+    changed = {key for key, value in vars(source).items() if value != before[key]}
+    assert changed == {"quantization", "lora"}
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
@@ -99,6 +113,22 @@ def test_it_runs_for_a_step_and_exports_what_it_trained(path, tmp_path, monkeypa
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
     assert (tmp_path / "run" / "samples.jsonl").is_file() == judges
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_base_in_4_bits_trains_a_step_and_is_exported_whole(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    overlay = BASES[stage == "rm"]
+    options = [f"--run_dir={tmp_path / 'run'}", f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.callbacks=null"]
+    assert main(["fit", "--config", str(CONFIGS / f"{stage}.yaml"), "--config", str(overlay), *options, *SMALL]) == 0
+    config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+    assert "quantization_config" not in config
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(".lora_" in name or ".modules_to_save." in name for name in state)
+    assert main(["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "again")]) == 0
+    first, second = (tmp_path / f / "model.safetensors" for f in ("run/hf", "again"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 RECORDS = {

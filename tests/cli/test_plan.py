@@ -159,6 +159,35 @@ def test_weights_in_bfloat16(plan, parameters):
     assert 0 < row(out, "16-bit copies of the policy's matrices") < 2 * parameters
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_as_large_as_its_storages(plan, repository, kind):
+    """Loaded for real by hand, for `plan` reads no weights."""
+    status, out, err = plan("sft", "--model.policy.lora.r=4", f"--model.policy.quantization={kind}")
+    assert status == 0, err
+    assert re.search(rf"policy +0\.\d\d million parameters \(float32, {kind}\)", out)
+    config = json.loads((repository / "datamodules/demo/assets/sft/config.json").read_text())
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    matrices = 2 * [(width, width)] + 2 * [(keys, width)] + 2 * [(inner, width)] + [(width, inner)]
+    numbers = [a * b for a, b in matrices]
+    if kind == "nf4":
+        packed = sum(n / 2 + -(-n // 64) + 4 * (-(-n // 64 // 256) + 1) for n in numbers)
+    else:
+        packed = sum(a * b + 4 * a for a, b in matrices)
+    others = 4 * (config["vocab_size"] * width + (2 * layers + 1) * width)
+    assert row(out, "policy, frozen weights") == pytest.approx(layers * packed + others, rel=0.01)
+
+
+def test_a_quantised_base_is_not_planned_in_shards(plan):
+    options = ["--model.policy.lora.r=4", "--model.policy.quantization=nf4", "--trainer.devices=2"]
+    status, _, err = plan("sft", *options, "--trainer.strategy=fsdp2")
+    assert status == 2 and "policy.quantization: packed weights cannot be shared out" in err
+    status, out, err = plan("sft", *options, "--memory=1MiB")
+    assert status == 1 and "quantization" not in out and "fsdp2 over" not in out
+    status, out, err = plan("sft", "--model.policy.lora.r=4", "--memory=1MiB")
+    assert "policy.quantization: nf4" in out
+
+
 def test_an_optimizer_without_state(plan):
     assert (
         row(plan("sft", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")[1], "optimizer state") is None

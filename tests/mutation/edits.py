@@ -11,6 +11,7 @@ from tests.mutation import (
     edits_losses,
     edits_memory,
     edits_preference,
+    edits_quantization,
     edits_rollout,
 )
 
@@ -21,4 +22,5 @@ EDITS = [
     *edits_rollout.EDITS,
     *edits_forward.EDITS,
     *edits_memory.EDITS,
+    *edits_quantization.EDITS,
 ]

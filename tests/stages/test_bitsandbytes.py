@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 
 from lit_align.callbacks.random_state import RandomState
-from lit_align.models.source import ModelSource
+from lit_align.models.source import LoraSettings, ModelSource
 from lit_align.stages import LitDPO, LitSFT
 
 OPTIMIZERS = ("AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit")
@@ -55,3 +55,45 @@ def _tensors(state):
             yield from _tensors(value)
         elif isinstance(value, torch.Tensor):
             yield value
+
+
+def stepped(optimizer, parameter, steps=3):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_a_paged_optimizer_makes_the_steps_of_adamw():
+    """Large enough to be paged where there are pages; on a CPU bitsandbytes says that there are none."""
+    start = torch.randn(400, 400)
+    plain, paged = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    want = stepped(torch.optim.AdamW([plain], lr=1.0e-3, weight_decay=0.01), plain)
+    with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
+        got = stepped(optimizer_from_yaml("PagedAdamW32bit")([paged]), paged)
+    assert torch.allclose(got, want, rtol=0, atol=1e-6) and not torch.allclose(got, start, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["PagedAdamW8bit", "PagedAdamW32bit"])
+def test_moments_of_large_weights_are_paged(name):
+    start = torch.randn(400, 400)
+    plain, paged = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.cuda())
+    optimizer = optimizer_from_yaml(name)([paged])
+    got = stepped(optimizer, paged).cpu()
+    assert getattr(optimizer.state[paged]["state1"], "is_paged", False)
+    want = stepped(torch.optim.AdamW([plain], lr=1.0e-3, weight_decay=0.01), plain)
+    assert torch.allclose(got, want, rtol=0, atol=1e-6 if name.endswith("32bit") else 1e-3)
+
+
+def test_adapters_on_a_base_in_few_bits_have_moments_in_8(tiny_model, conversations, make_data, make_trainer):
+    source = ModelSource(path=str(tiny_model), quantization="nf4", lora=LoraSettings(r=128))
+    stage = LitSFT(source, optimizer=optimizer_from_yaml("AdamW8bit"))
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(stage, datamodule=make_data(conversations))
+    optimizer = trainer.optimizers[0]
+    large = [p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 4096]
+    assert large and {optimizer.state[p]["state1"].dtype for p in large} == {torch.uint8}
+    assert all(float(optimizer.state[p]["absmax2"].max()) > 0 for p in large)
