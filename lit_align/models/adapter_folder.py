@@ -16,6 +16,7 @@ WEIGHTS = "adapter_model.safetensors"
 NOT_COMPARED = (
     "auto_mapping",
     "base_model_name_or_path",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "modules_to_save",

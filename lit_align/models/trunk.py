@@ -97,8 +97,8 @@ class SharedTrunk:
             lora = source.lora
         else:
             raise ValueError(
-                f"{name}: with shared_trunk expected a folder of adapters on the policy's base (a run of LitReward with "
-                "lora, exported with merge_lora=false), or the policy's own path with lora for fresh adapters; got "
+                f"{name}: with shared_trunk expected a folder of adapters on the policy's base (from a run of LitReward "
+                "with lora, exported with merge_lora=false), or the policy's own path with lora for fresh adapters; got "
                 f"path {source.path!r} {'without' if source.lora is None else 'with'} lora. With shared_trunk: false "
                 "each network has its own weights"
             )
@@ -108,11 +108,10 @@ class SharedTrunk:
         return replace(self.policy, lora=lora, **own).validate(name)
 
     def scalar_model(self, policy: nn.Module, source: ModelSource, name: str) -> PeftModel:
-        """A network with one number per position on the base of a policy that was built just now; all of it trainable
-        that is not the base.
+        """A network with one number per position on the policy's base; all of it is trainable that is not the base.
 
         Args:
-            policy: As `load_causal_lm` returned it; it is not changed.
+            policy: As `load_causal_lm` returned it just now; it is not changed.
             source: See `source_of`.
             name: See `source_of`.
 
@@ -172,7 +171,9 @@ def _empty_scalar_model(config: PreTrainedConfig, source: ModelSource) -> PreTra
     """On the meta device, but for a head of zeros."""
     trust = source.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=source.torch_dtype, trust_remote_code=trust)
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=source.torch_dtype, trust_remote_code=trust
+        )
     head = getattr(model, HEAD, None)
     if head is not None:
         head.to_empty(device="cpu")

@@ -18,6 +18,7 @@ from lit_align.stages import LitPPO, PPOSettings
 
 POLICY_LORA = LoraSettings(r=4, alpha=8)
 CRITIC_LORA = LoraSettings(r=2, alpha=8)
+REWARD_LORA = LoraSettings(r=3, alpha=6)
 
 
 def even_characters(prompts, answers, records):
@@ -34,7 +35,7 @@ def spread(model: nn.Module, seed: int, scale: float = 0.1) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def write_reward_adapter(base, folder, lora=LoraSettings(r=3, alpha=6)) -> ModelSource:
+def write_reward_adapter(base, folder, lora=REWARD_LORA) -> ModelSource:
     """A folder as the `rm` stage exports it: adapters and score head, without their base."""
     source = ModelSource(path=str(base), lora=lora)
     torch.manual_seed(11)
