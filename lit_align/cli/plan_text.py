@@ -35,7 +35,8 @@ def _network(role: Role) -> str:
     trained = [p for p in parameters if p.requires_grad]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     some = f"{_count(sum(p.numel() for p in trained))} of them trained" if trained else "frozen"
-    return f"{_count(sum(p.numel() for p in parameters))} parameters ({', '.join(dtypes)}), {some}"
+    where = ", on the policy's trunk" * role.on_trunk
+    return f"{_count(sum(p.numel() for p in parameters))} parameters ({', '.join(dtypes)}), {some}{where}"
 
 
 def _count(number: int) -> str:

@@ -83,7 +83,7 @@ def read_adapters(model: nn.Module, folder: str) -> None:
 
     file = Path(folder) / WEIGHTS
     if not file.is_file():
-        raise ValueError(f"{folder}: expected {WEIGHTS}; export the adapter with merge_lora=false")
+        raise ValueError(f"{folder}: expected {WEIGHTS}; export the adapter with for_trunk=true")
     stored = load_file(file)
     own = {_stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     absent = [name for name in own if name not in stored and f".{HEAD}." not in name]

@@ -97,10 +97,10 @@ class SharedTrunk:
             lora = source.lora
         else:
             raise ValueError(
-                f"{name}: with shared_trunk expected a folder of adapters on the policy's base (from a run of LitReward "
-                "with lora, exported with merge_lora=false), or the policy's own path with lora for fresh adapters; got "
-                f"path {source.path!r} {'without' if source.lora is None else 'with'} lora. With shared_trunk: false "
-                "each network has its own weights"
+                f"{name}: with shared_trunk expected a folder of adapters on the policy's base (LitReward with lora, "
+                "exported with for_trunk=true), or the policy's own path with lora for fresh adapters; got path "
+                f"{source.path!r} {'without' if source.lora is None else 'with'} lora. With shared_trunk: false each "
+                "network has its own weights"
             )
         if source.dtype != self.policy.dtype:
             raise ValueError(f"{name}.dtype: the policy's base is in {self.policy.dtype}, got {source.dtype}")

@@ -55,8 +55,5 @@ def test_two_processes_equal_one(name, one, two):
 
 @pytest.mark.slow
 def test_on_one_trunk_each_rank_holds_its_part_of_the_base_once(two):
-    head = "base_model.model.score.original_module.weight"
-    assert two[0]["ppo trunk"]["apart"] == [head]  # peft's idle copy of the head
-    # Rows that do not come out even are padded, on the last rank, by each network for itself.
-    assert two[1]["ppo trunk"]["apart"] in ([head], ["base_model.model.model.embed_tokens.weight", head])
-    assert len(two[0]["ppo lora"]["apart"]) == 0  # its critic is trained whole
+    for rank in two:
+        assert rank["ppo trunk"]["apart"] == ["base_model.model.score.original_module.weight"]  # peft's idle head

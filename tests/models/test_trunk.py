@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"does not fit the model: none absent, none unknown, 28 weights .* shape"):
         SharedTrunk(source).scalar_model(load_causal_lm(source), reward, "reward_model")
     (tmp_path / "rm" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"expected adapter_model.safetensors; export the adapter with merge_lora=fa"):
+    with pytest.raises(ValueError, match=r"expected adapter_model.safetensors; export the adapter with for_trunk=true"):
         SharedTrunk(source).scalar_model(load_causal_lm(source), reward, "reward_model")
 
 
