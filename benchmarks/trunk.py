@@ -2,9 +2,9 @@
 
     python -m benchmarks.trunk --model models/smollm2-135m-instruct --out benchmarks/results/trunk.json
 
-Each run is a process of its own, the ways in turn. It imports everything, notes what it holds (the baseline), builds the
-networks, and makes some iterations of PPO (one rollout and its steps each). Reported: the most that it held above the
-baseline, the same above what it held when training began, bytes of parameters (a shared one once), and seconds.
+Each run is a process of its own, the ways in turn. It imports everything, notes what it holds (the baseline), builds
+the networks, and makes an iteration of PPO (one rollout and two steps). Reported: the most that it held above
+the baseline, the same above what it held when training began, bytes of parameters (a shared one once), and seconds.
 
 The allocator gives freed memory back at once, as in `benchmarks.memory`.
 """
@@ -29,7 +29,7 @@ from benchmarks.meter import machine, memory, reset_high_water, versions
 PROMPTS = "datamodules/demo/corpus/queries.train.jsonl"
 WAYS = ("four networks", "four networks with adapters", "one trunk")
 """All weights trained; adapters on two copies, the reward model folded; adapters on one base."""
-ITERATIONS = 2
+ITERATIONS = 1
 
 
 def reward_adapter(model: str, folder: Path) -> None:
@@ -75,10 +75,9 @@ def measure(way: str, model: str, adapter: str, out: Path) -> None:
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from datamodules import PromptDataModule
-    from lit_align.models.load import load_tokenizer
 
     class Scale(Callback):
-        """What the process holds when training begins, and how long the iterations take."""
+        """What the process holds when training begins, and how long the iteration takes."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.begin, self.stamps = memory("VmRSS"), [time.perf_counter()]
@@ -91,8 +90,7 @@ def measure(way: str, model: str, adapter: str, out: Path) -> None:
     stage, scale = stage_of(way, model, adapter), Scale()
     import peft  # noqa: F401 (before the baseline: all ways begin with the same libraries)
 
-    data = PromptDataModule(train=PROMPTS, batch_size=8, max_length=256)
-    data.tokenizer = load_tokenizer(stage.policy_source)
+    data = PromptDataModule(train=PROMPTS, tokenizer=model, batch_size=8, max_length=256)
     gc.collect()
     reset_high_water()
     baseline = memory("VmRSS")
