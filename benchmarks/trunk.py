@@ -155,11 +155,16 @@ def main(args: Sequence[str] | None = None) -> int:
                 in_process([f"--way={way}", *common])
                 runs[way].append(json.loads(Path(f"{folder}/out.json").read_text(encoding="utf-8")))
                 print(f"{way:30}{runs[way][-1]['peak_bytes'] / 2**20:8.0f} MiB", flush=True)
-    settings = {"iterations": ITERATIONS, "prompts": 8, "answers": 2, "max_new_tokens": 24, "lora_rank": 16}
-    content = {"versions": versions(), "machine": machine(), "model": Path(options.model).name} | settings
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
+                write(options.out, Path(options.model).name, runs)
     return 0
+
+
+def write(out: Path, model: str, runs: dict[str, list[Any]]) -> None:
+    """All runs so far, with what they were made on."""
+    settings = {"iterations": ITERATIONS, "prompts": 8, "answers": 2, "max_new_tokens": 24, "lora_rank": 16}
+    content = {"versions": versions(), "machine": machine(), "model": model} | settings
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

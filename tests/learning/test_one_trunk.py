@@ -1,4 +1,4 @@
-"""PPO on one trunk learns what PPO with four networks learns: answers of even characters, which chance gives half of."""
+"""PPO on one trunk learns what PPO with four networks learns: answers of even characters; chance gives half of them."""
 
 import shutil
 import sys
@@ -33,6 +33,7 @@ def learn(base, shared: bool) -> tuple[list[float], list[float]]:
     critic = ModelSource(path=str(base), lora=CRITIC_LORA)
     ppo = {"num_answers": 4, "kl_coef": 0.01, "missing_eos_penalty": 0.0}
     stage = build(LitPPO, base, critic=critic, shared_trunk=shared, ppo=ppo)
+    stage.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=2e-2, weight_decay=0.0)
     logged = []
     stage.log = lambda name, value, **_: logged.append((name, float(value)))
     trainer = Trainer(**QUIET, devices=1, max_epochs=12, log_every_n_steps=4, limit_val_batches=0, gradient_clip_val=1)
@@ -43,7 +44,7 @@ def learn(base, shared: bool) -> tuple[list[float], list[float]]:
 
 def test_it_learns_and_as_four_networks_do(base):
     (scores, values), (expected, _) = (learn(base, shared) for shared in (True, False))
-    start, end = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
-    assert end > start + 0.15
-    assert end == pytest.approx(sum(expected[-3:]) / 3, abs=0.1)
-    assert sum(values[-3:]) < 0.5 * values[0]
+    assert scores[:2] == pytest.approx(expected[:2], abs=1e-3)  # later a rounding may flip a token, and what follows
+    for found in (scores, expected):
+        assert sum(found[-3:]) / 3 > sum(found[:3]) / 3 + 0.3
+    assert sum(values[-3:]) / 3 < 0.5 * values[0]
