@@ -54,9 +54,8 @@ def budget_of(situation: Situation) -> Budget:
     """Adds up what a device holds; the terms are explained in docs/plan.md."""
     budget, shards = Budget(), situation.devices if situation.sharded else 1
     for role in situation.roles:
-        weights = role.weights
-        budget.held[f"{role.name}, trained weights"] = weights.trained_bytes // shards
-        budget.held[f"{role.name}, frozen weights"] = weights.frozen_bytes // shards
+        budget.held[f"{role.name}, trained weights"] = role.weights.trained_bytes // shards
+        budget.held[f"{role.name}, frozen weights"] = role.frozen_bytes // shards
     budget.held |= _update_state(situation, shards)
     budget.phases["forward and loss"] = _forward(situation)
     budget.phases["backward"] = _backward(situation)

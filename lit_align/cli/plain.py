@@ -16,7 +16,12 @@ from lit_align.pipeline import pipeline
 
 
 def export(
-    checkpoint: Path, out: Path, role: str | None = None, merge_lora: bool = True, trust_remote_code: bool = False
+    checkpoint: Path,
+    out: Path,
+    role: str | None = None,
+    merge_lora: bool = True,
+    trust_remote_code: bool = False,
+    for_trunk: bool = False,
 ) -> None:
     """Turns what was trained into a Hugging Face folder that plain transformers loads.
 
@@ -26,6 +31,7 @@ def export(
         role: Which network of the checkpoint: policy, reward_model or critic; by default the one that the stage trains.
         merge_lora: Fold adapters into their base; false writes the adapter alone.
         trust_remote_code: Run Python code that comes with the model, if it was trained with such code. Read it first.
+        for_trunk: Write adapters and head alone, for `shared_trunk` of LitPPO (docs/ppo_trunk.md).
     """
     if not checkpoint.exists():
         raise ValueError(f"checkpoint: there is no {checkpoint}; expected a .ckpt, a run folder or a .gguf file")
@@ -40,7 +46,7 @@ def export(
             raise ValueError(
                 f"checkpoint: {found} is no checkpoint, or was cut; a run folder gives its newest whole one"
             )
-        export_checkpoint(str(found), str(out), role, merge_lora, trust_remote_code)
+        export_checkpoint(str(found), str(out), role, merge_lora, trust_remote_code, for_trunk)
     print(f"wrote {out}")
 
 

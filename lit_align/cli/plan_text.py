@@ -37,7 +37,8 @@ def _network(role: Role) -> str:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name not in packed})
     dtypes += [str(role.source.quantization)] if packed else []
     some = f"{_count(sum(p.numel() for p in trained))} of them trained" if trained else "frozen"
-    return f"{_count(weight_count(model))} parameters ({', '.join(dtypes)}), {some}"
+    where = ", on the policy's trunk" * role.on_trunk
+    return f"{_count(weight_count(model))} parameters ({', '.join(dtypes)}), {some}{where}"
 
 
 def _count(number: int) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_align.models.meta import meta_network
 from lit_align.models.reference import freeze
-from lit_align.models.shapes import Shape, Weights, shape_of, weights_of
+from lit_align.models.shapes import Shape, Weights, base_bytes, shape_of, weights_of
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitDPO, LitPPO, LitReward
 from lit_align.stages.policy import PolicyStage
@@ -65,6 +65,7 @@ class Role:
         kind: "causal" or "scalar".
         trained: Whether it is trained.
         half: Whether the trainer turns all of its weights to bfloat16.
+        on_trunk: Whether its base is the policy's, which lies in memory once.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Role:
     kind: str
     trained: bool
     half: bool = False
+    on_trunk: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -85,14 +87,19 @@ class Role:
 
     @cached_property
     def weights(self) -> Weights:
-        """See `weights_of`."""
+        """See `weights_of`; of a role on the trunk, with the base that it computes with."""
         return weights_of(self.model)
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        """Bytes of its frozen weights, less those that are the policy's."""
+        return self.weights.frozen_bytes - (base_bytes(self.model) if self.on_trunk else 0)
 
 
 @lru_cache(maxsize=32)
 def _built(name: str, source: str, kind: str, trained: bool, half: bool) -> nn.Module:
     made = ModelSource.from_dict(json.loads(source))
-    model = meta_network(made if trained else made.frozen(), kind, name)
+    model = meta_network(made, kind, name)
     model = model.to(torch.bfloat16) if half else model
     return model if trained else freeze(model)
 
@@ -162,13 +169,17 @@ def roles_of(stage: Stage, half: bool) -> tuple[Role, ...]:
             f"model: `plan` knows lit_align's stages and what is derived of them, got {type(stage).__name__}"
         )
     if isinstance(stage, LitPPO) and stage.estimator.needs_critic:
-        roles.append(Role("critic", stage.critic_source, "scalar", True, half))
+        roles.append(_scalar_role(stage, stage.critic_source, "critic", True, half))
     if isinstance(stage, (LitDPO, LitPPO)) and holds_reference(stage):
         source = stage.reference_source or stage.policy_source
         roles.append(Role("reference", source.frozen(), "causal", False, half))
     if isinstance(stage, LitPPO) and stage.reward_model_source is not None:
-        roles.append(Role("reward_model", stage.reward_model_source.frozen(), "scalar", False, half))
+        roles.append(_scalar_role(stage, stage.reward_model_source.frozen(), "reward_model", False, half))
     return tuple(roles)
+
+
+def _scalar_role(stage: LitPPO, source: ModelSource, name: str, trained: bool, half: bool) -> Role:
+    return Role(name, stage.hold.source_of(source, name), "scalar", trained, half, stage.hold.shared)
 
 
 def holds_reference(stage: LitDPO | LitPPO) -> bool:

@@ -16,7 +16,7 @@ from lit_align.models.source import LoraSettings
 
 # peft is imported where adapters are really used: it takes seconds, and most starts do without.
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 TASKS = {"causal": "CAUSAL_LM", "scalar": "SEQ_CLS"}
@@ -30,9 +30,16 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> P
         settings: Rank, scale, where.
         kind: "causal" or "scalar"; a scalar model's head is new, so it is trained whole and saved with the adapters.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(
+    return get_peft_model(model, lora_config(settings, kind))
+
+
+def lora_config(settings: LoraSettings, kind: str) -> LoraConfig:
+    """The settings as peft takes them; see `add_adapters`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r and asks no more of it
         lora_dropout=settings.dropout,
@@ -40,7 +47,6 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, kind: str) -> P
         task_type=TASKS[kind],
         modules_to_save=["score"] if kind == "scalar" else None,
     )
-    return get_peft_model(model, config)
 
 
 def is_adapter_folder(path: str | None) -> bool:

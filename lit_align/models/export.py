@@ -34,7 +34,12 @@ ROUNDED = 10
 
 
 def export(
-    checkpoint: str, out: str, role: str | None = None, merge_lora: bool = True, trust_remote_code: bool = False
+    checkpoint: str,
+    out: str,
+    role: str | None = None,
+    merge_lora: bool = True,
+    trust_remote_code: bool = False,
+    for_trunk: bool = False,
 ) -> None:
     """Turns a checkpoint into a Hugging Face folder.
 
@@ -45,17 +50,24 @@ def export(
             else the reward model.
         merge_lora: Fold adapters into their base; otherwise write the adapter alone, beside the tokenizer.
         trust_remote_code: Run Python code that comes with the model, if it was trained with such code.
+        for_trunk: Write adapters and head alone, as LitPPO's shared_trunk reads them: also where plain transformers
+            would read a score at the wrong token, because the base pads with one that ends texts.
 
     Raises:
         ValueError: When the checkpoint cannot be read, or the folder does not give the checkpoint's outputs.
     """
     entry, state = read_checkpoint(checkpoint)
     role = role or ("policy" if "policy" in entry["roles"] else next(iter(entry["roles"])))
-    export_module(rebuild(entry, state, role, trust_remote_code), restore_tokenizer(entry), out, merge_lora)
+    model = rebuild(entry, state, role, trust_remote_code)
+    export_module(model, restore_tokenizer(entry), out, merge_lora, for_trunk)
 
 
 def export_module(
-    module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, merge_lora: bool = True
+    module: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    merge_lora: bool = True,
+    for_trunk: bool = False,
 ) -> None:
     """Writes a live model, which stays as it is, and its tokenizer to a Hugging Face folder, and reads it back.
 
@@ -67,26 +79,35 @@ def export_module(
         tokenizer: As used in training, with its chat template.
         out: The folder; a model that is there already is replaced once the new one has been verified.
         merge_lora: Fold adapters into their base; otherwise write the adapter alone, which needs its base to load.
+        for_trunk: See `export`.
 
     Raises:
-        ValueError: When the folder does not give the model's outputs, or an adapter's base has no place of its own.
+        ValueError: When the folder does not give the model's outputs, or an adapter's base has no place of its own, or
+            there is no adapter for a trunk.
     """
+    if for_trunk and not has_adapters(module):
+        raise ValueError(
+            "for_trunk: the network was trained whole; train it with lora on the base that is to be shared"
+        )
     tokenizer = deepcopy(tokenizer)
     if is_scalar(module):
         separate_pad_token(tokenizer)
     with whole_folder(Path(out)) as folder:
-        if has_adapters(module) and not merge_lora:
-            _write_adapter(module, tokenizer, folder)
+        if has_adapters(module) and (for_trunk or not merge_lora):
+            _write_adapter(module, tokenizer, folder, for_trunk)
         else:
             _write_model(module, tokenizer, folder)
         tokenizer.save_pretrained(folder)
-        verify(module, tokenizer, folder)
+        verify(module, tokenizer, folder, for_trunk)
 
 
-def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def verify(
+    module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, for_trunk: bool = False
+) -> None:
     """Loads the folder as a user would, into the host's memory, and compares outputs on a small padded batch.
 
     An adapter alone that was trained on a quantised base is compared on a base that is quantised in the same way.
+    With `for_trunk` the padding token is the tokenizer's, whatever the base's configuration says.
 
     Raises:
         ValueError: When they differ by more than rounding.
@@ -100,6 +121,8 @@ def verify(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
         read_back = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=_has_own_code(module), **extra)
     if kind is not None:
         adopt(read_back, kind)
+    if for_trunk:
+        read_back.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     inputs = _small_batch(module, tokenizer)
     expected, got = _outputs(module, inputs), _outputs(read_back, inputs)
     difference = float((expected - got).abs().max() / _scale(read_back, expected))
@@ -139,7 +162,7 @@ def _generation_config(trained: GenerationConfig, tokenizer: PreTrainedTokenizer
     return config
 
 
-def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, for_trunk: bool) -> None:
     base = str(module.get_base_model().name_or_path)
     if not base:
         raise ValueError(
@@ -147,11 +170,11 @@ def _write_adapter(module: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
             "file, an adapter, or from scratch); export with merge_lora=true"
         )
     padding = AutoConfig.from_pretrained(base, trust_remote_code=_has_own_code(module)).get_text_config().pad_token_id
-    if is_scalar(module) and padding != tokenizer.pad_token_id:
+    if is_scalar(module) and padding != tokenizer.pad_token_id and not for_trunk:
         raise ValueError(
             f"an adapter has no configuration of its own, and its base {base!r} pads with token {padding}, where this "
             f"model needs {tokenizer.pad_token_id}: scores would be read at the wrong token; export with "
-            "merge_lora=true"
+            "merge_lora=true (or for_trunk=true, if LitPPO alone is to read them)"
         )
     if (kind := quantization_of(module)) is not None:
         log.warning("the adapter was trained on a base in %s; on the plain %s it gives other numbers", kind, base)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_align.models.adapter_folder import read_adapters
 from lit_align.models.adapters import add_adapters
 from lit_align.models.attention import PACKED
 from lit_align.models.compiling import compile_layers
@@ -75,13 +76,16 @@ def load_scalar_model(source: ModelSource, name: str = "model") -> PreTrainedMod
     return prepare(model, source, "scalar")
 
 
-def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTrainedModel | PeftModel:
+def prepare(
+    model: PreTrainedModel, source: ModelSource, kind: str, start: str | None = None
+) -> PreTrainedModel | PeftModel:
     """Readies a freshly built model for training as its source says, and shards it if networks are to be sharded.
 
     Args:
         model: With all its weights; it is changed in place.
         source: Whose attention, activation checkpointing, compilation and adapters it gets.
         kind: "causal" or "scalar".
+        start: Folder of the adapters that its own begin as; None = they change nothing yet.
     """
     set_attention(model, source.attention)
     model.config.get_text_config().use_cache = False
@@ -95,6 +99,8 @@ def prepare(model: PreTrainedModel, source: ModelSource, kind: str) -> PreTraine
         compile_layers(model)
     slices = hide_slices(model)
     adapted = model if source.lora is None else add_adapters(model, source.lora, kind)
+    if start is not None:
+        read_adapters(adapted, start)
     shard(model, slices)  # with its adapters: a layer is one group
     return adapted.train()
 

@@ -138,6 +138,12 @@ def weights_of(model: nn.Module) -> Weights:
     )
 
 
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen trunk under a model's adapters: what a network on another's trunk does not hold itself."""
+    trunk = base_model(model).base_model
+    return sum(_bytes(p) for name, p in trunk.named_parameters() if ".lora_" not in name)
+
+
 def _layers(inner: Any, number: int) -> nn.ModuleList:
     found = [m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     if not found:

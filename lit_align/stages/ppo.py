@@ -16,10 +16,10 @@ from lit_align.batch import MicroBatch
 from lit_align.losses import clipped_policy_loss, clipped_value_loss, kl_estimates
 from lit_align.models import TokenStats, scalar_at_sources, token_loss
 from lit_align.models.checkpoint import ENTRY
-from lit_align.models.load import load_scalar_model
 from lit_align.models.modes import disable_dropout
 from lit_align.models.reference import freeze, make_reference
 from lit_align.models.source import ModelSource
+from lit_align.models.trunk import OwnWeights, SharedTrunk
 from lit_align.rollout.engines import Decode, Engine
 from lit_align.rollout.estimators import GAE, AdvantageEstimator
 from lit_align.rollout.moments import RunningMoments
@@ -46,6 +46,8 @@ class LitPPO(RolloutStage):
         reward_functions: Callables that judge answers; their weighted scores are added to the reward model's.
         critic: Where the critic comes from; None = where the reward model comes from, else the policy.
         reference: Where the frozen reference comes from; None = where the policy comes from (with LoRA: adapters off).
+        shared_trunk: Whether critic and reward model are adapters and heads on the frozen base of a policy with LoRA,
+            which then lies in memory once for all four roles; else each network has weights of its own.
         estimator: How advantages are estimated, by class path: GAE (with a critic), RLOO, GRPO.
         ppo: The numbers of the algorithm.
         sampling: How answers are sampled.
@@ -81,6 +83,7 @@ class LitPPO(RolloutStage):
         reward_functions: list[RewardFunction] = [],  # noqa: B006 (never changed; jsonargparse shows it)
         critic: ModelSource | None = None,
         reference: ModelSource | None = None,
+        shared_trunk: bool = False,
         estimator: AdvantageEstimator = GAE(),  # noqa: B008 (frozen)
         ppo: PPOSettings = PPOSettings(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -98,12 +101,12 @@ class LitPPO(RolloutStage):
         self.reward_model_source, self.reward_functions = reward_model, tuple(reward_functions)
         self.critic_source, self.reference_source = critic or reward_model or policy, reference
         self.estimator, self.ppo, self.sampling, self.critic_lr = estimator, ppo, sampling, critic_lr
-        self.engine = engine
+        self.engine, self.hold = engine, SharedTrunk(policy) if shared_trunk else OwnWeights()
         self.kl, self.reward_moments = ppo.kl_controller(), RunningMoments()
 
     def sources(self) -> dict[str, ModelSource]:
         """Policy's and critic's."""
-        return {"policy": self.policy_source, "critic": self.critic_source}
+        return {"policy": self.policy_source, "critic": self.hold.source_of(self.critic_source, "critic")}
 
     def configure_model(self) -> None:
         """Builds policy, reference, and, where needed, critic and reward model, once."""
@@ -113,10 +116,12 @@ class LitPPO(RolloutStage):
         disable_dropout(self.policy)
         self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
         if self.estimator.needs_critic:
-            self.critic = load_scalar_model(self.critic_source.validate("critic", trained=True), "critic")
+            critic = self.critic_source.validate("critic", trained=True)
+            self.critic = self.hold.scalar_model(self.policy, critic, "critic")
             disable_dropout(self.critic)
         if self.reward_model_source is not None:
-            self.reward_model = freeze(load_scalar_model(self.reward_model_source.frozen(), "reward_model"))
+            source = self.reward_model_source.frozen()
+            self.reward_model = freeze(self.hold.scalar_model(self.policy, source, "reward_model"))
             check_vocabulary(self.policy, self.reward_model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

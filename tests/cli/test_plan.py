@@ -2,16 +2,23 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
+from trunk import CRITIC_LORA, build, write_reward_adapter
+
 from lit_align.cli.budget import _head_copy, _scoring
 from lit_align.cli.plan_text import size_text, time_text
-from lit_align.cli.situation import Rollout
+from lit_align.cli.situation import Rollout, roles_of
 from lit_align.cli.workload import _steps
+from lit_align.models.source import ModelSource
+from lit_align.stages import LitPPO
 
 MIB = 2**20
 
@@ -311,3 +318,53 @@ def test_help_and_the_list_of_commands(cli):
 def test_words():
     assert size_text(1536) == "1.50 KiB" and size_text(80 * 2**30) == "80.0 GiB" and size_text(345.4 * MIB) == "345 MiB"
     assert time_text(0.0123) == "12.3 ms" and time_text(90) == "90 s" and time_text(7200) == "2 h"
+
+
+# ---- PPO on one trunk: one base, three adapters, two heads
+
+LORA = "--model.policy.lora.r=4"
+
+
+def held(stage) -> dict[str, int]:
+    return {role.name: role.weights.trained_bytes + role.frozen_bytes for role in roles_of(stage, half=False)}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("critic", [None, CRITIC_LORA], ids=["critic from the reward model", "fresh critic"])
+def test_planned_weights_are_those_of_the_networks(critic, shared, tiny_model, tmp_path):
+    reward = write_reward_adapter(tiny_model, tmp_path / "rm")
+    own = None if critic is None else ModelSource(path=str(tiny_model), lora=critic)
+    stage = build(LitPPO, tiny_model, reward, critic=own, shared_trunk=shared)
+    planned = held(stage)
+    stage.configure_model()
+    assert sum(planned.values()) == sum(p.numel() * p.element_size() for p in stage.parameters())
+    trained = sum(role.weights.trained_bytes for role in roles_of(stage, half=False))
+    assert trained == sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+    assert sorted(planned) == ["critic", "policy", "reward_model"]
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(repository, tmp_path_factory):
+    """Made before `plan` refuses to read weights."""
+    return write_reward_adapter(repository / "datamodules/demo/assets/sft", tmp_path_factory.mktemp("rm") / "adapter")
+
+
+def test_the_base_is_counted_once(plan, parameters, reward_adapter):
+    options = (LORA, f"--model.reward_model.path={reward_adapter.path}")
+    status, out, err = plan("ppo", *options, "--model.shared_trunk=true")
+    assert status == 0, err
+    assert row(out, "policy, frozen weights") == close(4 * parameters)
+    for role in ("critic, trained", "critic, frozen", "reward_model, frozen"):
+        assert 0 < row(out, f"{role} weights") < 0.2 * 4 * parameters
+    assert row(out, "reference, frozen weights") is None
+    assert out.count("on the policy's trunk") == 2
+    apart = plan("ppo", *options)[1]
+    assert row(apart, "reward_model, frozen weights") > 3 * parameters
+    assert row(apart, "critic, trained weights") > 3 * parameters
+
+
+def test_what_cannot_lie_on_the_trunk_is_refused_by_the_plan_too(plan):
+    status, _, err = plan("ppo", "--model.shared_trunk=true")
+    assert status == 2 and "set policy.lora" in err
+    status, _, err = plan("ppo", LORA, "--model.shared_trunk=true")
+    assert status == 2 and "critic: with shared_trunk expected a folder of adapters on the policy's base" in err

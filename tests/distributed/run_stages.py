@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 import conftest as made
+from trunk import write_reward_adapter
 
 from lit_align import strategies  # noqa: F401 (registers fsdp2)
 from lit_align.models.source import LoraSettings, ModelSource
@@ -41,6 +43,7 @@ VARIANTS = {
     "rm lora": {"lora": LORA},
     "dpo lora": {"lora": LORA},
     "ppo lora": {"lora": LORA, "gradient_checkpointing": True},
+    "ppo trunk": {"lora": LORA, "gradient_checkpointing": True},
 }
 """Settings of the networks."""
 NAMES = [*STAGES, *VARIANTS]
@@ -75,6 +78,9 @@ def build(name: str, model: str) -> Stage:
             "ppo": PPOSettings(ppo_epochs=2, num_minibatches=2, num_answers=2, scoring_max_tokens=40),
             "sampling": Sampling(max_new_tokens=5, batch_size=4),
         }
+    if name == "ppo trunk":
+        options |= {"reward_model": write_reward_adapter(model, tempfile.mkdtemp()), "shared_trunk": True}
+        seed_everything(0, verbose=False)
     return STAGES[name.split()[0]](source(name, model), **options)
 
 
@@ -94,7 +100,21 @@ def run(name: str, model: str, devices: int, accumulate: int, strategy: str) -> 
         gradient_clip_val=0.1,
     )
     trainer.fit(stage, datamodule=made.ExampleData(items(name), batch_size=8))
-    return {"logged": logged, "weights": whole(stage.state_dict())}
+    return {"logged": logged, "weights": whole(stage.state_dict()), "apart": apart(stage)}
+
+
+def apart(stage: Stage) -> list[str]:
+    """Frozen weights of the critic's that do not lie in the policy's memory; of a shard, this rank's part."""
+
+    def places(network: torch.nn.Module) -> dict[str, int]:
+        frozen = ((name, p) for name, p in network.named_parameters() if not p.requires_grad)
+        local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in frozen)
+        return {name: value.untyped_storage().data_ptr() for name, value in local}
+
+    if getattr(stage, "critic", None) is None:
+        return []
+    own = set(places(stage.policy).values())
+    return [name for name, place in places(stage.critic).items() if place not in own]
 
 
 def whole(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

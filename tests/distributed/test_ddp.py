@@ -51,3 +51,9 @@ def test_two_processes_equal_one(name, one, two):
         assert [v for n, v in first["logged"] if n == name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
     norms = [v for n, v in want["logged"] if n == "train/grad_norm"]
     assert max(norms) > 0.1 and min(norms) > 0, "clipping has to be seen, and no step may be empty"
+
+
+@pytest.mark.slow
+def test_on_one_trunk_each_rank_holds_its_part_of_the_base_once(two):
+    for rank in two:
+        assert rank["ppo trunk"]["apart"] == ["base_model.model.score.original_module.weight"]  # peft's idle head

@@ -164,6 +164,19 @@ def test_a_reward_adapter_whose_base_pads_with_the_end_of_turn_must_be_folded_in
     export_module(model, load_tokenizer(source), tmp_path / "hf")
 
 
+def test_for_a_trunk_it_need_not(tiny_model: Path, tmp_path: Path) -> None:
+    source = ModelSource(path=str(padded_with_eos(tiny_model, tmp_path / "base")), lora=LoraSettings(r=4))
+    model = trained(load_scalar_model(source))
+    checkpoint = save(tmp_path / "last.ckpt", "rm", "reward_model", source, model, only_trained=True)
+    export(checkpoint, str(tmp_path / "adapter"), for_trunk=True)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    read_back = load_scalar_model(ModelSource(path=str(tmp_path / "adapter")))
+    torch.testing.assert_close(outputs(read_back), outputs(model), **CLOSE)
+    with pytest.raises(ValueError, match="for_trunk: the network was trained whole"):
+        export_module(load_scalar_model(source.frozen()), load_tokenizer(source), tmp_path / "no", for_trunk=True)
+
+
 def padded_with_eos(tiny_model: Path, folder: Path) -> Path:
     shutil.copytree(tiny_model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
