@@ -104,6 +104,9 @@ class SharedTrunk:
             )
         if source.dtype != self.policy.dtype:
             raise ValueError(f"{name}.dtype: the policy's base is in {self.policy.dtype}, got {source.dtype}")
+        if source.quantization not in (None, self.policy.quantization):
+            ours = f"in {self.policy.quantization}" if self.policy.quantization else "not quantised"
+            raise ValueError(f"{name}.quantization: the policy's base is {ours}; leave {source.quantization} out")
         own = {key: getattr(source, key) for key in ("gradient_checkpointing", "compile", "attention")}
         return replace(self.policy, lora=lora, **own).validate(name)
 
