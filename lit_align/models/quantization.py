@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Linear):
         weight: uint8 [in * out / 2 (rounded up), 1], two indices a byte, row by row; or int8 [out, in].
         block_scales: nf4 alone: uint8 [blocks of 64].
         scales: Bytes of float32 numbers: of nf4 the scales of `block_scales` and the mean; of int8 one for each row.
-            As bytes, a cast of the network's floats (`bf16-true`) does not reach them.
+            As bytes, a cast of the network's floats does not reach them.
         bias: [out] or None, not quantised.
         transposed: Whether the layer stands for a `Conv1D`, whose weight is [in, out].
     """
