@@ -106,7 +106,7 @@ def _quantizing(source: ModelSource, name: str) -> dict[str, Any]:
         )
     try:
         config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
+            str(source.path), revision=source.revision or "main", trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError):
         config = None  # whoever reads the weights says what is wrong
@@ -115,7 +115,7 @@ def _quantizing(source: ModelSource, name: str) -> dict[str, Any]:
             f"{name}.quantization: the weights in {source.path!r} are quantised already; give the model that they were "
             "made of"
         )
-    return quantizing_options(source.quantization, name)
+    return quantizing_options(str(source.quantization), name)
 
 
 def _from_pretrained(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-Kind = Literal["nf4", "int8"]
 BLOCK, SCALES_BLOCK = 64, 256
 """Weights that share a scale in NF4, and scales that share a scale of their own (double quantisation)."""
 FLOAT = 4
@@ -53,7 +52,7 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, kind: Kind, bias: Tensor | None = None, transposed: bool = False
+        self, in_features: int, out_features: int, kind: str, bias: Tensor | None = None, transposed: bool = False
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind, self.transposed = in_features, out_features, kind, transposed
@@ -66,7 +65,7 @@ class QuantizedLinear(nn.Linear):
             self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.int8))
             numbers = out_features
         self.scales = _frozen(torch.empty(FLOAT * numbers, dtype=torch.uint8))
-        self.bias = None if bias is None else _frozen(bias.detach())
+        self.bias: nn.Parameter | None = None if bias is None else _frozen(bias.detach())  # type: ignore[assignment]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix that the layer stands for, [out, in]; computed in float32, rounded to `dtype` at the end."""
@@ -81,7 +80,7 @@ class QuantizedLinear(nn.Linear):
         """A plain layer with the matrix that this one stands for."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = _frozen(self.dequantized(dtype))
-        layer.bias = self.bias
+        layer.bias = self.bias  # type: ignore[assignment]
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,14 +136,14 @@ def _frozen(value: Tensor) -> nn.Parameter:
 # -- reading
 
 
-def bnb_config(kind: Kind) -> BitsAndBytesConfig:
+def bnb_config(kind: str) -> BitsAndBytesConfig:
     """What makes `from_pretrained` quantise while it reads, a matrix at a time; scales are left to `adopt`."""
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
 
 
-def quantizing_options(kind: Kind, name: str) -> dict[str, Any]:
+def quantizing_options(kind: str, name: str) -> dict[str, Any]:
     """Arguments for `from_pretrained`. Weights are quantised on the CPU, so that they are the same on every machine.
 
     Raises:
@@ -173,7 +172,7 @@ def refuse_shards(name: str) -> None:
     )
 
 
-def adopt(model: PreTrainedModel, kind: Kind) -> None:
+def adopt(model: PreTrainedModel, kind: str) -> None:
     """Puts a `QuantizedLinear` in the place of each layer that bitsandbytes has quantised; in place.
 
     Afterwards nothing of the model, nor of its configuration, says that it is bitsandbytes'.
@@ -238,20 +237,20 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
 
 
-def quantization_of(model: nn.Module) -> Kind | None:
+def quantization_of(model: nn.Module) -> str | None:
     """How the model's matrices are quantised; None = they are not."""
     return next((layer.kind for _, layer in quantized_layers(model)), None)
 
 
-def quantize_shapes(model: PreTrainedModel, kind: Kind) -> None:
+def quantize_shapes(model: PreTrainedModel, kind: str) -> None:
     """Exchanges the layers that would be quantised in a model on the meta device, in place."""
     kept = get_keys_to_not_convert(model)
     for name, layer in list(model.named_modules()):
         if type(layer) not in (nn.Linear, Conv1D) or not should_convert_module(name, kept):
             continue
         transposed = isinstance(layer, Conv1D)
-        shape = layer.weight.shape if transposed else layer.weight.shape[::-1]
-        model.set_submodule(name, QuantizedLinear(*shape, kind, layer.bias, transposed))
+        columns, rows = layer.weight.shape if transposed else layer.weight.shape[::-1]
+        model.set_submodule(name, QuantizedLinear(columns, rows, kind, layer.bias, transposed))
 
 
 def packed_names(model: nn.Module) -> set[str]:
