@@ -32,6 +32,7 @@ from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
 from lit_align.models.quantization import refuse_shards
+from lit_align.stages.precision import check_precision, precision_name
 from lit_align.stages.stage import Stage
 
 USAGE = """usage: lit-align plan --config FILE [--config OVERLAY] [--OPTION=VALUE]
@@ -135,12 +136,12 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
     Raises:
         ValueError: A stage or a strategy that cannot be planned.
     """
-    precision = str(trainer.get("precision") or "32-true")
-    mixed, half = "mixed" in precision, precision in ("bf16-true", "16-true")
+    precision = precision_name(trainer.get("precision"))
+    check_precision(precision)
     device = _device(trainer.get("accelerator"))
     devices = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
     accumulate = trainer.get("accumulate_grad_batches") or 1
-    roles, sharded = roles_of(stage, half), _is_sharded(trainer.get("strategy"))
+    roles, sharded = roles_of(stage), _is_sharded(trainer.get("strategy"))
     if sharded and (packed := [role.name for role in roles if role.source.quantization]):
         refuse_shards(packed[0])
     sizes = Data(data, stage)
@@ -154,7 +155,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         device=device,
         devices=devices,
         sharded=sharded,
-        mixed=mixed,
+        mixed="mixed" in precision,
         accumulate=accumulate,
         load=sizes.load,
         most=max(_examples(stage, sizes) // devices, 1),
@@ -190,7 +191,7 @@ def _is_sharded(strategy: Any) -> bool:
 def _plan(cli: PlanCLI, options: Options) -> int:
     situation, data = situation_of(cli.stage, cli.data, cli.trainer_settings)
     budget, load = budget_of(situation), data.workload(cli.trainer_settings)
-    precision = str(cli.trainer_settings.get("precision") or "32-true")
+    precision = precision_name(cli.trainer_settings.get("precision"))
     memory, machine = options.memory or _device_memory(situation), _machine(situation, precision, options)
     moved = sum(_moved(situation, role) for role in situation.trained)
     moved //= situation.devices if situation.sharded else 1

@@ -64,7 +64,6 @@ class Role:
         source: Where it comes from.
         kind: "causal" or "scalar".
         trained: Whether it is trained.
-        half: Whether the trainer turns all of its weights to bfloat16.
         on_trunk: Whether its base is the policy's, which lies in memory once.
     """
 
@@ -72,13 +71,12 @@ class Role:
     source: ModelSource
     kind: str
     trained: bool
-    half: bool = False
     on_trunk: bool = False
 
     @property
     def model(self) -> nn.Module:
         """The network on the meta device."""
-        return _built(self.name, json.dumps(self.source.to_dict()), self.kind, self.trained, self.half)
+        return _built(self.name, json.dumps(self.source.to_dict()), self.kind, self.trained)
 
     @cached_property
     def shape(self) -> Shape:
@@ -97,10 +95,9 @@ class Role:
 
 
 @lru_cache(maxsize=32)
-def _built(name: str, source: str, kind: str, trained: bool, half: bool) -> nn.Module:
+def _built(name: str, source: str, kind: str, trained: bool) -> nn.Module:
     made = ModelSource.from_dict(json.loads(source))
     model = meta_network(made, kind, name)
-    model = model.to(torch.bfloat16) if half else model
     return model if trained else freeze(model)
 
 
@@ -153,7 +150,7 @@ class Situation:
         return replace(self, roles=roles)
 
 
-def roles_of(stage: Stage, half: bool) -> tuple[Role, ...]:
+def roles_of(stage: Stage) -> tuple[Role, ...]:
     """The networks that a stage builds while it trains.
 
     Raises:
@@ -161,25 +158,25 @@ def roles_of(stage: Stage, half: bool) -> tuple[Role, ...]:
     """
     roles = []
     if isinstance(stage, LitReward):
-        roles.append(Role("reward_model", stage.reward_model_source, "scalar", True, half))
+        roles.append(Role("reward_model", stage.reward_model_source, "scalar", True))
     elif isinstance(stage, PolicyStage):
-        roles.append(Role("policy", stage.policy_source, "causal", True, half))
+        roles.append(Role("policy", stage.policy_source, "causal", True))
     else:
         raise ValueError(
             f"model: `plan` knows lit_align's stages and what is derived of them, got {type(stage).__name__}"
         )
     if isinstance(stage, LitPPO) and stage.estimator.needs_critic:
-        roles.append(_scalar_role(stage, stage.critic_source, "critic", True, half))
+        roles.append(_scalar_role(stage, stage.critic_source, "critic", True))
     if isinstance(stage, (LitDPO, LitPPO)) and holds_reference(stage):
         source = stage.reference_source or stage.policy_source
-        roles.append(Role("reference", source.frozen(), "causal", False, half))
+        roles.append(Role("reference", source.frozen(), "causal", False))
     if isinstance(stage, LitPPO) and stage.reward_model_source is not None:
-        roles.append(_scalar_role(stage, stage.reward_model_source.frozen(), "reward_model", False, half))
+        roles.append(_scalar_role(stage, stage.reward_model_source.frozen(), "reward_model", False))
     return tuple(roles)
 
 
-def _scalar_role(stage: LitPPO, source: ModelSource, name: str, trained: bool, half: bool) -> Role:
-    return Role(name, stage.hold.source_of(source, name), "scalar", trained, half, stage.hold.shared)
+def _scalar_role(stage: LitPPO, source: ModelSource, name: str, trained: bool) -> Role:
+    return Role(name, stage.hold.source_of(source, name), "scalar", trained, stage.hold.shared)
 
 
 def holds_reference(stage: LitDPO | LitPPO) -> bool:

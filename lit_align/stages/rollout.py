@@ -70,6 +70,7 @@ class RolloutStage(ReferencedStage):
 
     def setup(self, stage: str) -> None:
         """Makes the prompts' data module yield experience instead of prompts."""
+        super().setup(stage)
         if stage == "fit":
             self.rollout_seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % 2**63
             self.trainer.datamodule.collector = self._rollout_loader

@@ -22,6 +22,7 @@ from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
 from lit_align.stages.optim import check_takes_shards, optimizer_settings
+from lit_align.stages.precision import check_precision, clip_gradients
 from lit_align.stages.progress import (
     announce_epoch_end,
     begin_next_epoch,
@@ -60,6 +61,10 @@ class Stage(LightningModule):
         self._optimizer_settings: dict[str, str] = {}
         self._stored_optimizer: dict[str, str] | None = None
 
+    def setup(self, stage: str) -> None:
+        """Refuses what would cast more than networks; before anything is loaded."""
+        check_precision(self.trainer.precision_plugin.precision)
+
     # -- optimisation
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -74,6 +79,12 @@ class Stage(LightningModule):
         self._check_same_optimizer()
         scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as the trainer says; see `clip_gradients`."""
+        clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def scaled(self, total: Tensor, normaliser: float) -> Tensor:
         """The one place where a loss is scaled.
