@@ -15,6 +15,7 @@ from lit_align.models.adapters import ADAPTER_CONFIG
 from lit_align.models.export import export
 from lit_align.models.quantization import quantization_of, quantized_layers
 from lit_align.models.source import LoraSettings, ModelSource
+from lit_align.models.trunk import SharedTrunk
 from lit_align.rollout.estimators import RLOO
 from lit_align.rollout.rewards import RewardFunction
 from lit_align.rollout.sampling import Sampling
@@ -225,3 +226,29 @@ def test_autocast_computes_with_the_same_base(tiny_model, conversations, make_da
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     for (_, layer), (_, other) in zip(*(quantized_layers(stage.policy) for stage in stages), strict=True):
         assert torch.equal(layer.dequantized(torch.float32), other.dequantized(torch.float32))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_ppo_on_one_trunk_is_ppo_on_two_packed_bases(quantization, tiny_model, prompts, make_data, make_trainer):
+    stages = [stage_of(LitPPO, packed(tiny_model, quantization)) for _ in range(2)]
+    stages[0].hold = SharedTrunk(stages[0].policy_source)
+    for stage in stages:
+        stage.configure_model()
+    stages[0].load_state_dict(stages[1].state_dict())
+    one, other = ([dict(quantized_layers(net)) for net in (stage.policy, stage.critic)] for stage in stages)
+    assert places(one[0]) == places(one[1]) and not places(other[0]) & places(other[1])
+    before = [p.clone() for layer in one[0].values() for p in layer.parameters()]
+    logged = [run(stage, make_data(prompts), make_trainer(max_epochs=2)) for stage in stages]
+    assert logged[0] == logged[1] != []
+    after = [p for layer in one[1].values() for p in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def places(layers) -> set[int]:
+    return {p.data_ptr() for layer in layers.values() for p in layer.parameters()}
+
+
+def test_another_quantisation_than_the_trunks_is_refused(tiny_model):
+    own = packed(tiny_model, "int8")
+    with pytest.raises(ValueError, match=r"critic\.quantization: the policy's base is in nf4; leave int8 out"):
+        SharedTrunk(packed(tiny_model, "nf4")).source_of(own, "critic")
