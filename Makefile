@@ -13,11 +13,12 @@ PEERS_PPO := .venv-peers-ppo
 BENCH ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup demo test lint smollm bench clean
+.PHONY: help setup demo test test-long lint smollm bench clean
 
 help:
 	@echo "make demo    the whole road on the embedded corpus, PT to PPO, and a table of what each stage achieved"
-	@echo "make test    all tests"
+	@echo "make test    all tests but those that start many processes"
+	@echo "make test-long  these: about ten minutes more"
 	@echo "make lint    ruff"
 	@echo "make smollm  fetch a real 135M instruct model into $(SMOLLM)"
 	@echo "make bench   side by side with TRL, and how cost grows; BENCH=\"sft dpo\" picks; needs the model and records"
@@ -35,7 +36,10 @@ demo: $(STAMP)
 	$(BIN)/python -m lit_align pipeline --config configs/pipeline.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -q -m "not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -q -m long $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

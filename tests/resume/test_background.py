@@ -216,7 +216,7 @@ ASYNC = "--checkpoint_async=true"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("ppo", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path):
     killing.finish(killing.start(stage, tmp_path / "whole"), tmp_path / "whole")
     killed = tmp_path / "killed"

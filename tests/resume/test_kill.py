@@ -12,10 +12,12 @@ import killing
 pytestmark = pytest.mark.slow
 
 
-def grouped(*cases):
+def grouped(*cases, long=()):
     """One process runs all tests of a stage, so that its run that is never killed is made once."""
-    group = pytest.mark.xdist_group
-    return [pytest.param(*case, marks=group(f"kill-{case[0]}"), id="-".join(case)) for case in cases]
+    marks = {case[0]: [pytest.mark.xdist_group(f"kill-{case[0]}")] for case in cases}
+    for stage in long:
+        marks[stage].append(pytest.mark.long)
+    return [pytest.param(*case, marks=marks[case[0]], id="-".join(case)) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, whole, tmp_path)
     assert killing.compare(whole(stage), tmp_path / "killed", steps[-1]) == []
 
 
-@pytest.mark.parametrize("stage", grouped(("dpo",)))
+@pytest.mark.parametrize("stage", grouped(("dpo",), long=["dpo"]))
 def test_a_run_with_a_cached_reference_goes_on_as_if_nothing_had_happened(stage, tmp_path):
     option = "--model.reference_cache=true"
     killing.finish(killing.start(stage, tmp_path / "whole", option), tmp_path / "whole")
@@ -49,7 +51,7 @@ def test_a_run_with_a_cached_reference_goes_on_as_if_nothing_had_happened(stage,
     assert killing.compare(tmp_path / "whole", tmp_path / "killed", steps[-1]) == []
 
 
-@pytest.mark.parametrize("stage", grouped(("sft",), ("ppo",)))
+@pytest.mark.parametrize("stage", grouped(("sft",), ("ppo",), long=["ppo"]))
 def test_sigterm_writes_a_checkpoint_at_the_next_step_and_ends_with_143(stage, whole, tmp_path):
     folder = tmp_path / "stopped"
     assert killing.stop_after(killing.start(stage, folder), folder, 4, signal.SIGTERM) == 143
@@ -65,7 +67,7 @@ TWO = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=c
 ORDERS = {"two then one": (TWO, ()), "one then two": ((), TWO)}
 
 
-@pytest.mark.parametrize("stage, order", grouped(("sft", "two then one"), ("ppo", "one then two")))
+@pytest.mark.parametrize("stage, order", grouped(("sft", "two then one"), ("ppo", "one then two"), long=["ppo"]))
 def test_a_killed_run_goes_on_with_another_number_of_processes(stage, order, whole, tmp_path):
     """The losses of all steps are those of one process: the same examples in the same order."""
     folder, (first, then) = tmp_path / "other", ORDERS[order]
