@@ -5,6 +5,7 @@ The pickle's objects are replaced by inert ones; torch's own are then made from 
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,23 @@ def _tensor(kept: Any) -> TensorStorageMetadata:
     # Anything but a tensor (BytesStorageMetadata) torch would unpickle without a guard.
     fields = _fields(kept, "TensorStorageMetadata")
     dtype = _a(torch.dtype, _named(fields["properties"], "TensorProperties").state[0])
-    chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-    return TensorStorageMetadata(
-        TensorProperties(dtype=dtype),
-        _size(fields["size"]),
-        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    parts = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    size, chunks = _size(fields["size"]), [ChunkStorageMetadata(_size(p["offsets"]), _size(p["sizes"])) for p in parts]
+    _check_chunks(size, chunks)
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _check_chunks(size: torch.Size, chunks: list[ChunkStorageMetadata]) -> None:
+    """Refuses chunks that leave a part of the tensor out: torch would leave there what the memory held before."""
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    inside = all(
+        min(start, length) >= 0 and start + length <= most
+        for chunk in chunks
+        for start, length, most in zip(chunk.offsets, chunk.sizes, size, strict=True)
     )
+    whole = sum(math.prod(chunk.sizes) for chunk in filled) == math.prod(size)
+    if not inside or not whole or len({chunk.offsets for chunk in filled}) < len(filled):
+        raise ValueError(f"chunks that do not make up a tensor of shape {tuple(size)}")
 
 
 def _index(kept: Any) -> MetadataIndex:

@@ -90,8 +90,15 @@ class Checkpoints(ModelCheckpoint):
         if self.save_top_k != KEPT or self.dirpath is None or not trainer.is_global_zero:
             return
         written = [path for path in Path(self.dirpath).glob("*step*.ckpt") if OWN.fullmatch(path.name)]
-        for path in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:
+        for path in sorted(written, key=_written_at)[:-KEPT]:
             trainer.strategy.remove_checkpoint(path)
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # the thread that writes checkpoints has just removed it
+        return 0
 
 
 def _link(path: Path, link: Path) -> None:

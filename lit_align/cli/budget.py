@@ -264,7 +264,8 @@ def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[
 
 
 def _in_four_bits(situation: Situation) -> Situation:
-    return situation.with_sources(lambda source: replace(source, quantization="nf4"))
+    # What has no adapters is trained whole, and cannot be packed.
+    return situation.with_sources(lambda source: replace(source, quantization="nf4") if source.lora else source)
 
 
 def _in_shards(situation: Situation, number: int) -> Situation:

@@ -96,16 +96,21 @@ def plain_name(name: str) -> str | None:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def merged_state(model: PeftModel) -> dict[str, Tensor]:
+def merged_state(model: PeftModel, device: str | None = None) -> dict[str, Tensor]:
     """The plain model's weights with the adapters folded in; the model itself is not touched.
 
     Of a quantised base these are the weights that it stands for, in the model's type: those that were trained on.
     Merging in place and taking it back would leave rounding behind in a model that is still in use.
+
+    Args:
+        model: With adapters.
+        device: Where weights go that are made here, one after the other: all together they may be many times what a
+            quantised base takes. None = where the model is.
     """
     state = {plain: value for name, value in model.state_dict().items() if (plain := plain_name(name))}
-    state = dequantized_state(model.get_base_model(), state, model.dtype)
+    state = dequantized_state(model.get_base_model(), state, model.dtype, device)
     for name, layer in _adapted_layers(model):
-        state |= {f"{name}.{key}": value for key, value in _folded(layer, model.dtype).items()}
+        state |= {f"{name}.{key}": value.to(device=device) for key, value in _folded(layer, model.dtype).items()}
     return state
 
 

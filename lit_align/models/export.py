@@ -139,7 +139,7 @@ def _write_model(module: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     model: Any = module
     state = None
     if has_adapters(module):
-        model, state = module.get_base_model(), merged_state(module)
+        model, state = module.get_base_model(), merged_state(module, "cpu")
     with quiet_loading():
         model.save_pretrained(folder, state_dict=state)
     config = plain_config(model)

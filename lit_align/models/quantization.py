@@ -211,20 +211,23 @@ def _take_nf4(own: QuantizedLinear, layer: Any) -> None:
     own.scales.copy_(torch.cat([state.absmax.float(), mean[None]]).view(torch.uint8))
 
 
-def dequantized_state(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def dequantized_state(
+    model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str | None = None
+) -> dict[str, Tensor]:
     """A plain model's state dict out of one with packed weights.
 
     Args:
         model: Without a wrapper; its layers may have adapters on them.
         state: By the plain model's names, the parts of packed weights among them.
         dtype: Of the weights that the packed ones stand for.
+        device: Where these go, one after the other; None = where they are.
     """
     plain = dict(state)
     for name, layer in quantized_layers(model):
         name = name.removesuffix(".base_layer")
         for part in ("block_scales", "scales"):
             plain.pop(f"{name}.{part}", None)
-        weight = layer.dequantized(dtype)
+        weight = layer.dequantized(dtype).to(device=device)
         plain[f"{name}.weight"] = weight.T.contiguous() if layer.transposed else weight
     return plain
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -30,13 +33,31 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
     rows = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
-    parts = [_draw(z, temperature, u) for z, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
+    with _running_sums():
+        parts = [_draw(z, temperature, u) for z, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
     return torch.cat([token for token, _ in parts]), torch.cat([logps for _, logps in parts])
 
 
 def precise(device: torch.device) -> torch.dtype:
     """The widest dtype in which the device sums: float64, except on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def _running_sums() -> Iterator[None]:
+    """While open, torch takes running sums on a GPU under `trainer.deterministic: true` too.
+
+    It refuses all of them, for those of one long row may differ; here a row is a few hundred numbers, in one go.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

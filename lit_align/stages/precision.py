@@ -32,6 +32,21 @@ def check_precision(precision: str) -> None:
         )
 
 
+def check_unscaled(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuses a fused optimizer where gradients are scaled: it takes that back after they are clipped and logged.
+
+    Raises:
+        ValueError: With what to set instead.
+    """
+    plugin = trainer.precision_plugin
+    scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"trainer.precision {plugin.precision} scales gradients, and a fused {type(optimizer).__name__} takes that "
+            "back itself, after they are clipped; set optimizer.init_args.fused: false, or precision: bf16-mixed"
+        )
+
+
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, algorithm: str | None) -> None:
     """Clips as the trainer says, fused optimizers under bf16-mixed too.
 
@@ -39,22 +54,12 @@ def clip_gradients(trainer: Trainer, optimizer: Optimizer, most: float | None, a
 
     Args:
         trainer: Whose precision counts.
-        optimizer: Its parameters' gradients are clipped in place.
+        optimizer: Its parameters' gradients are clipped in place; see `check_unscaled`.
         most: Largest norm, or largest magnitude; None or 0 = as they are.
         algorithm: "norm" or "value"; None = "norm".
-
-    Raises:
-        ValueError: Gradients are scaled (16-mixed), and the optimizer is fused.
     """
     plugin, kind = trainer.precision_plugin, GradClipAlgorithmType(algorithm or "norm")
-    if not isinstance(plugin, MixedPrecision):
-        plugin.clip_gradients(optimizer, most or 0.0, kind)
-    elif plugin.scaler is None:
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
         Precision.clip_gradients(plugin, optimizer, most or 0.0, kind)
-    elif most and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"trainer.precision {plugin.precision} scales gradients, and a fused {type(optimizer).__name__} takes that "
-            "back itself, after they are clipped; set optimizer.init_args.fused: false, or precision: bf16-mixed"
-        )
     else:
         plugin.clip_gradients(optimizer, most or 0.0, kind)

@@ -76,6 +76,19 @@ def check_whole_steps(trainer: Trainer) -> None:
         )
 
 
+def check_validation_interval(trainer: Trainer) -> None:
+    """Refuses validation by the clock on several devices: each looks at its own, and ranks would wait for ever.
+
+    Raises:
+        ValueError: Says what to change.
+    """
+    if trainer.world_size > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise ValueError(
+            "trainer.val_check_interval: a time is taken by each rank's own clock, and one would validate while others "
+            f"train; with {trainer.world_size} devices give micro-batches or a share of an epoch"
+        )
+
+
 def follow_epoch_length(trainer: Trainer) -> None:
     """Tells Lightning how many micro-batches this epoch has: it asks for the first one only.
 

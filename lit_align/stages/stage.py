@@ -22,10 +22,11 @@ from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
 from lit_align.stages.optim import check_takes_shards, optimizer_settings
-from lit_align.stages.precision import check_precision, clip_gradients
+from lit_align.stages.precision import check_precision, check_unscaled, clip_gradients
 from lit_align.stages.progress import (
     announce_epoch_end,
     begin_next_epoch,
+    check_validation_interval,
     check_whole_steps,
     follow_epoch_length,
     recount,
@@ -62,8 +63,9 @@ class Stage(LightningModule):
         self._stored_optimizer: dict[str, str] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuses what would cast more than networks; before anything is loaded."""
+        """Refuses what would cast more than networks, and what ranks would not do together; before loading."""
         check_precision(self.trainer.precision_plugin.precision)
+        check_validation_interval(self.trainer)
 
     # -- optimisation
 
@@ -75,6 +77,7 @@ class Stage(LightningModule):
         """The configured optimizer, and its schedule over the steps of the run."""
         optimizer = self.optimizer(self.parameter_groups())
         check_takes_shards(optimizer)
+        check_unscaled(self.trainer, optimizer)
         self._optimizer_settings = optimizer_settings(optimizer)
         self._check_same_optimizer()
         scheduler = self.lr_scheduler(optimizer, total_steps(self.trainer))

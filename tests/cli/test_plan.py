@@ -13,6 +13,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from trunk import CRITIC_LORA, build, write_reward_adapter
 
+from lit_align.cli import budget
 from lit_align.cli.budget import _head_copy, _scoring
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout, roles_of
@@ -368,3 +369,14 @@ def test_what_cannot_lie_on_the_trunk_is_refused_by_the_plan_too(plan):
     assert status == 2 and "set policy.lora" in err
     status, _, err = plan("ppo", LORA, "--model.shared_trunk=true")
     assert status == 2 and "critic: with shared_trunk expected a folder of adapters on the policy's base" in err
+
+
+def test_a_critic_that_is_trained_whole_is_not_counted_in_4_bits(plan, monkeypatch):
+    changed = []
+    real = budget._in_four_bits
+    monkeypatch.setattr(budget, "_in_four_bits", lambda situation: changed.append(real(situation)) or changed[-1])
+    plan("ppo", "--model.policy.lora.r=4", "--memory=1KiB")
+    sources = {role.name: role.source for role in changed[0].trained}
+    assert sources["policy"].quantization == "nf4"
+    for name, source in sources.items():
+        source.validate(name, trained=True)

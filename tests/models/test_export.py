@@ -345,8 +345,8 @@ def test_an_export_that_reads_back_wrong_is_an_error_and_leaves_the_old_one(
     export_module(model, tokenizer, tmp_path / "hf")
     old = (tmp_path / "hf" / "model.safetensors").read_bytes()
 
-    def without_one(adapted: nn.Module) -> dict[str, torch.Tensor]:
-        state = merged(adapted)
+    def without_one(adapted: nn.Module, device: str) -> dict[str, torch.Tensor]:
+        state = merged(adapted, device)
         return state | {"model.layers.1.mlp.up_proj.weight": state["model.layers.0.mlp.up_proj.weight"].clone()}
 
     merged = export_file.merged_state

@@ -404,6 +404,16 @@ def test_a_gpu_computes_with_the_same_weights(kind, tiny_model):
     assert torch.allclose(on_gpu.cpu(), on_cpu, rtol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@EACH_KIND
+def test_a_gpu_does_not_hold_the_exported_matrices_of_a_packed_base(kind, tiny_model):
+    model = stirred(load_causal_lm(source(tiny_model, kind))).to("cuda")
+    matrices = {f"{plain_name(f'{name}.weight')}" for name, _ in quantized_layers(model)}
+    state = merged_state(model, "cpu")
+    assert matrices <= state.keys() and all(state[name].device.type == "cpu" for name in matrices)
+
+
 # -- fingerprints
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,23 @@ def test_a_run_always_has_a_whole_checkpoint_and_ends_with_the_newest_two(tiny_m
     ]
     assert os.readlink(folder / "last.ckpt") == f"step{steps:06d}.ckpt"
     assert content(folder / "last.ckpt")["global_step"] == steps
+
+
+def test_one_that_the_thread_removes_while_the_folder_is_looked_through_is_no_error(monkeypatch, tmp_path):
+    paths = [tmp_path / f"step{n:06d}.ckpt" for n in range(4)]
+    for number, path in enumerate(paths):
+        path.touch()
+        os.utime(path, (number, number))
+
+    def found(self, pattern):
+        yield from paths
+        paths[0].unlink()
+
+    monkeypatch.setattr(Path, "glob", found)
+    removed = []
+    strategy = SimpleNamespace(remove_checkpoint=removed.append)
+    Checkpoints(str(tmp_path))._remove_others(SimpleNamespace(is_global_zero=True, strategy=strategy))
+    assert removed == paths[:2]
 
 
 def test_a_full_disk_ends_the_run_with_what_is_wrong(tiny_model, monkeypatch, tmp_path):

@@ -58,3 +58,26 @@ def test_greedy_takes_the_most_probable_and_leaves_logits_alone():
     assert torch.equal(token, logits.argmax(-1)) and not logps.any()
     draw(logits, 0.5, torch.rand(4, dtype=torch.float64))
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_a_trainer_that_wants_determinism_draws_too(warns, monkeypatch):
+    """As torch on a GPU: it refuses running sums of floats there, or warns."""
+    real, logits = torch.Tensor.cumsum, torch.randn(3, 700)
+
+    def cumsum(self, *args, **kwargs):
+        if self.is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return real(self, *args, **kwargs)
+
+    uniform = torch.rand(3, dtype=torch.float64)
+    expected = draw(logits, 0.7, uniform)
+    monkeypatch.setattr(torch.Tensor, "cumsum", cumsum)
+    torch.use_deterministic_algorithms(True, warn_only=warns)
+    try:
+        got = draw(logits, 0.7, uniform)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, expected))

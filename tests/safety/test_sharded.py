@@ -177,6 +177,27 @@ def test_a_shard_lies_in_its_folder(other, folder):
         read_whole(folder)
 
 
+CHUNKS = {
+    "all are absent": [],
+    "a part is absent": [((0, 0), (1, 3))],
+    "outside": [((1, 0), (2, 3))],
+    "before the beginning": [((-1, 0), (2, 3))],
+    "one twice": [((0, 0), (1, 3)), ((0, 0), (1, 3))],
+}
+"""Offsets and sizes that do not make up 2 rows of 3."""
+
+
+@pytest.mark.parametrize("damage", CHUNKS)
+def test_a_tensor_is_read_whole_or_not_at_all(damage, folder):
+    def change(metadata):
+        chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in CHUNKS[damage]]
+        metadata.state_dict_metadata["state_dict.policy.a"].chunks = chunks
+
+    planted(folder, change)
+    with pytest.raises(ValueError, match=DAMAGED + r" \(chunks that do not make up a tensor of shape \(2, 3\)"):
+        read_whole(folder)
+
+
 def test_a_pickle_changes_no_class(folder):
     """The instruction that sets an object's state can set the attributes of a class; here they are not torch's."""
     evil = pickle.dumps(ChunkStorageMetadata)[:-1] + b"N}\x8c\x07pwned__K\x01s\x86b."

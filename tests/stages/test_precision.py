@@ -60,12 +60,23 @@ def test_a_trainer_that_casts_everything_is_refused(
         make_trainer(max_steps=1, precision=precision).fit(module, datamodule=make_data(prompts))
 
 
-def test_what_scales_gradients_does_not_clip_for_a_fused_optimizer(make_trainer):
+@pytest.mark.parametrize("clips", [0.0, 1.0])
+def test_a_fused_optimizer_under_a_scaler_is_refused_before_the_first_step(
+    clips, conversations, tiny_model, make_data, make_trainer, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(LitSFT, "training_step", lambda *_: seen.append(1))
+    plugin = MixedPrecision("16-mixed", "cpu")  # as a plugin: of a CPU's setting Lightning makes bf16-mixed
+    trainer = make_trainer(max_steps=1, plugins=[plugin], gradient_clip_val=clips)
+    with pytest.raises(ValueError, match=r"fused AdamW .*fused: false"):
+        trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
+    assert not seen
+
+
+def test_what_scales_gradients_clips_what_they_were_before(make_trainer):
     trainer = make_trainer(precision="bf16-mixed")
     trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
-    with pytest.raises(ValueError, match=r"fused AdamW .*fused: false"):
-        clip_gradients(trainer, torch.optim.AdamW([weight], fused=True), 1.0, None)
     clip_gradients(trainer, torch.optim.AdamW([weight]), 0.5, None)
     assert float(weight.grad) == pytest.approx(0.5)

@@ -2,10 +2,11 @@
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -175,6 +176,17 @@ def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
 def test_a_limit_that_ends_inside_a_step_is_refused(tiny_model, conversations, make_data, make_trainer):
     trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=3)
     with pytest.raises(ValueError, match=r"leaves 3 micro-batches an epoch.*expected a multiple, such as 2"):
+        trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_do_not_validate_by_their_own_clocks(
+    ranks, tiny_model, conversations, make_data, make_trainer, monkeypatch
+):
+    trainer = make_trainer(max_steps=1, val_check_interval="00:00:01:00")
+    monkeypatch.setattr(Trainer, "world_size", ranks)
+    refused = pytest.raises(ValueError, match=r"val_check_interval: .*with 2 devices") if ranks > 1 else nullcontext()
+    with refused:
         trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
 
 
