@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_align.batch.plan import EpochPlan, MicroPlan, plan_epoch
 
-STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
-"""Signals that clusters send to all processes of a job, to stop it."""
+STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
+"""Signals that clusters, and Ctrl-C in a terminal, send to all processes of a job, to stop it."""
 
 
 class PlannedLoader:

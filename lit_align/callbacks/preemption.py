@@ -1,8 +1,10 @@
-"""SIGTERM, and SIGUSR1 of SLURM: what a cluster sends before it takes the machine away."""
+"""SIGTERM, and SIGUSR1 of SLURM: what a cluster sends before it takes the machine away; and Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +21,7 @@ class Preemption(Callback):
     """After a SIGTERM to any rank, writes a checkpoint at the next optimizer step and ends the run.
 
     Under SLURM after a SIGUSR1 too (`--signal=USR1@120`). Putting the job into the queue again is left to its script.
+    After a Ctrl-C too; a second one ends the run at once, without a checkpoint.
 
     Lightning then raises its `SIGTERMException`; the command line ends with exit code 143.
 
@@ -33,6 +36,8 @@ class Preemption(Callback):
         self._signal = signal.SIGTERM.name
         self._step = 0
         self._group: Any = None
+        self._before: Any = None
+        self._speaks = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the place of Lightning's own answer to the signal, before Lightning registers it."""
@@ -42,9 +47,21 @@ class Preemption(Callback):
         # The same to SLURM's: it saves inside the signal, in the middle of a step, where ranks are at different places.
         trainer._signal_connector._slurm_sigusr_handler_fn = self._tell  # type: ignore[method-assign]
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives Ctrl-C back."""
+        self._answer_as_before()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        self._answer_as_before()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepares the ranks' agreement."""
+        """Prepares the ranks' agreement, and answers Ctrl-C from here on."""
         self._step = trainer.global_step
+        self._speaks = trainer.is_global_zero
+        # Not earlier: Lightning has noted all answers by now, and puts those back at the end.
+        if threading.current_thread() is threading.main_thread():  # others may not
+            self._before = signal.signal(signal.SIGINT, self._interrupted)
         if trainer.world_size > 1:
             # The ranks agree on the CPU: asking a GPU would wait for all that it still has to do.
             self._group = distributed.new_group(backend="gloo")
@@ -79,7 +96,7 @@ class Preemption(Callback):
             )
             return
         path = Path(self.folder) / f"preempted-step{self._step:06d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # the optimizer's state too
         getattr(trainer.strategy.checkpoint_io, "wait", _nothing)()  # where it is written in the background
         rank_zero_info(f"{self._signal}: the run stops after step {self._step}; --resume true goes on from {path}")
 
@@ -91,6 +108,18 @@ class Preemption(Callback):
     def _tell(self, number: int, frame: FrameType | None) -> None:
         self._told = True
         self._signal = signal.Signals(number).name
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._tell(number, frame)
+        self._answer_as_before()
+        after = "with a checkpoint" if self.folder is not None else "without a checkpoint: they are off"
+        if self._speaks:
+            print(f"Ctrl-C: the run stops after this step, {after}; once more: at once", file=sys.stderr, flush=True)
+
+    def _answer_as_before(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
     def _any_rank_told(self) -> bool:
         if self._group is None:

@@ -12,6 +12,8 @@ _WARNINGS = (
     r"(?s).*Be aware that when using `ckpt_path`, callbacks used.*",  # validate and predict need none of them
     r".*is smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",  # so it does after a resume
+    r".*`is_gradient_checkpointing` is deprecated.*",  # peft on transformers 5
+    r".*`self\.log\(.*sync_dist=True\)`.*",  # what is logged is reduced over the ranks already
     r".*module\(s\) in eval mode at the start of training.*",  # the reference and the reward model are
 )
 _ADVERTISEMENTS = ("litlogger", "litmodels")

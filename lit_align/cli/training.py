@@ -114,8 +114,9 @@ class AlignCLI(LightningCLI):
     # -- parsing
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that raises instead of printing a hundred lines of usage."""
-        return super().init_parser(**{"prog": "lit-align", "dump_header": None, **kwargs, "exit_on_error": False})
+        """A parser that raises instead of printing a hundred lines of usage, and takes whole names alone."""
+        own = {"exit_on_error": False, "allow_abbrev": False}
+        return super().init_parser(**{"prog": "lit-align", "dump_header": None, **kwargs, **own})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder."""

@@ -100,13 +100,14 @@ class LitPPO(RolloutStage):
         ppo.check_answers(estimator)
         self.reward_model_source, self.reward_functions = reward_model, tuple(reward_functions)
         self.critic_source, self.reference_source = critic or reward_model or policy, reference
+        self.critic_name = "critic" if critic or reward_model is None else "critic (not set, so begun as reward_model)"
         self.estimator, self.ppo, self.sampling, self.critic_lr = estimator, ppo, sampling, critic_lr
         self.engine, self.hold = engine, SharedTrunk(policy) if shared_trunk else OwnWeights()
         self.kl, self.reward_moments = ppo.kl_controller(), RunningMoments()
 
     def sources(self) -> dict[str, ModelSource]:
         """Policy's and critic's."""
-        return {"policy": self.policy_source, "critic": self.hold.source_of(self.critic_source, "critic")}
+        return {"policy": self.policy_source, "critic": self.hold.source_of(self.critic_source, self.critic_name)}
 
     def configure_model(self) -> None:
         """Builds policy, reference, and, where needed, critic and reward model, once."""
@@ -116,8 +117,8 @@ class LitPPO(RolloutStage):
         disable_dropout(self.policy)
         self.reference = make_reference(self.policy, self.policy_source, self.reference_source)
         if self.estimator.needs_critic:
-            critic = self.critic_source.validate("critic", trained=True)
-            self.critic = self.hold.scalar_model(self.policy, critic, "critic")
+            critic = self.critic_source.validate(self.critic_name, trained=True)
+            self.critic = self.hold.scalar_model(self.policy, critic, self.critic_name)
             disable_dropout(self.critic)
         if self.reward_model_source is not None:
             source = self.reward_model_source.frozen()

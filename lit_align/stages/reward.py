@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.batch import MicroBatch
@@ -14,6 +15,7 @@ from lit_align.models import scalar_at_ends
 from lit_align.models.flops import Flops, training_flops
 from lit_align.models.load import load_scalar_model, load_tokenizer
 from lit_align.models.modes import disable_dropout
+from lit_align.models.scalar import HEAD
 from lit_align.models.source import ModelSource
 from lit_align.stages.optim import WarmupCosine
 from lit_align.stages.stage import SchedulerCallable, Stage
@@ -95,6 +97,15 @@ class LitReward(Stage):
     def step_flops(self) -> Flops:
         """Forward and backward pass; the head sees the end of each sequence only."""
         return training_flops(self.reward_model, "ends")
+
+    def on_predict_start(self) -> None:
+        """Says so if the head is still the one that training begins with: each reward would be 0."""
+        heads = [p for name, p in self.reward_model.named_parameters() if f".{HEAD}." in f".{name}"]
+        if not any(bool(head.any()) for head in heads):
+            rank_zero_warn(
+                "reward_model: its head is new, so every reward is 0; give a trained one (--ckpt_path, or "
+                "reward_model.path: the folder that a reward model was exported to)"
+            )
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per example: its index and the reward of each answer."""

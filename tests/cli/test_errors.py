@@ -16,6 +16,7 @@ from lit_align.cli.errors import message_for_user
         ),
         (["--model.loss.beta=abc"], ["the command line, model.loss.beta", "expected float, got abc"]),
         (["--model.loss=NoSuchLoss"], ["model.loss", "there is no class NoSuchLoss"]),
+        (["--trainer.max_step=3"], ["no option trainer.max_step", "did you mean trainer.max_steps?"]),
         (["--trainer.max_stepz=3"], ["no option trainer.max_stepz", "did you mean trainer.max_steps?"]),
         (["--trainer.max_steps=many"], ["trainer.max_steps", "expected int, got many"]),
         (["--modle.loss.beta=1"], ["the command takes no option 'modle'", "did you mean 'model'?"]),

@@ -327,7 +327,7 @@ LORA = "--model.policy.lora.r=4"
 
 
 def held(stage) -> dict[str, int]:
-    return {role.name: role.weights.trained_bytes + role.frozen_bytes for role in roles_of(stage, half=False)}
+    return {role.name: role.weights.trained_bytes + role.frozen_bytes for role in roles_of(stage)}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -339,7 +339,7 @@ def test_planned_weights_are_those_of_the_networks(critic, shared, tiny_model, t
     planned = held(stage)
     stage.configure_model()
     assert sum(planned.values()) == sum(p.numel() * p.element_size() for p in stage.parameters())
-    trained = sum(role.weights.trained_bytes for role in roles_of(stage, half=False))
+    trained = sum(role.weights.trained_bytes for role in roles_of(stage))
     assert trained == sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
     assert sorted(planned) == ["critic", "policy", "reward_model"]
 

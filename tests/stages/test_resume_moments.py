@@ -137,19 +137,21 @@ def test_a_run_that_was_ended_early_goes_on_with_the_rest_of_its_epoch(
 
 
 class Terminated(Callback):
-    """Sends the process a SIGTERM before a step."""
+    """Sends the process a signal before a step."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, sent=signal.SIGTERM):
+        self.step, self.sent = step, sent
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.sent)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize(
+    "step, sent", [(0, signal.SIGTERM), (1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGINT)]
+)
 def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
-    step, tiny_model, conversations, make_data, make_trainer, tmp_path
+    step, sent, tiny_model, conversations, make_data, make_trainer, tmp_path
 ):
     def go(folder, *callbacks, checkpoint=None):
         stage, watch = LitSFT(ModelSource(path=str(tiny_model))), Watch()
@@ -163,14 +165,31 @@ def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
             watch.stopped = True
         return stage, watch, trainer
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(sent)
     whole = go("whole")
-    _, stopped, _ = go("stopped", Preemption(str(tmp_path)), Terminated(step))
-    assert stopped.stopped and signal.getsignal(signal.SIGTERM) == before
+    _, stopped, _ = go("stopped", Preemption(str(tmp_path)), Terminated(step, sent))
+    assert stopped.stopped and signal.getsignal(sent) == before
     rest = go("rest", checkpoint=tmp_path / f"preempted-step{step + 1:06d}.ckpt")
     assert same(rest[0], whole[0])
     assert stopped.validated + rest[1].validated == whole[1].validated
     assert stopped.logged + rest[1].logged == whole[1].logged
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tiny_model, conversations, make_data, make_trainer, tmp_path, capsys):
+    class Twice(Terminated):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer(max_epochs=2, callbacks=[Preemption(str(tmp_path)), Twice(0)])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert trainer.global_step == 0 and not list(tmp_path.glob("*.ckpt"))
+    assert "stops after this step, with a checkpoint; once more: at once" in capsys.readouterr().err
 
 
 def test_a_limit_that_ends_inside_a_step_is_refused(tiny_model, conversations, make_data, make_trainer):
