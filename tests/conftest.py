@@ -18,12 +18,10 @@ SHARED = Path(os.environ.get("LIT_ALIGN_SHARED", REPOSITORY.parent / "shared"))
 SMOLLM = REPOSITORY / "models" / "smollm2-135m-instruct"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """The slow tests of a file share what takes them long, so one worker runs them all."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +29,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+RANKS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
-def _process_group_ends_with_its_test() -> Iterator[None]:
-    """Lightning leaves the group of a run in this process standing; the next test would write its checkpoints in it."""
+def _ranks_end_with_their_test() -> Iterator[None]:
+    """Lightning leaves the process group of a run in this process standing, and its variables.
+
+    The next test would write its checkpoints in that group, and the processes that it starts would wait for others.
+    """
+    before = {name: os.environ.get(name) for name in RANKS}
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -59,8 +59,10 @@ class Preemption(Callback):
         """Prepares the ranks' agreement, and answers Ctrl-C from here on."""
         self._step = trainer.global_step
         self._speaks = trainer.is_global_zero
-        # Not earlier: Lightning has noted all answers by now, and puts those back at the end.
-        if threading.current_thread() is threading.main_thread():  # others may not
+        # Not earlier: Lightning has noted all answers by now, and puts those back at the end. A run in the background
+        # (which ignores Ctrl-C) and a notebook keep their own.
+        alone = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if alone and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._interrupted)
         if trainer.world_size > 1:
             # The ranks agree on the CPU: asking a GPU would wait for all that it still has to do.

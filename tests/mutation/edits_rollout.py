@@ -46,13 +46,6 @@ EDITS = [
         "rollout/test_engines.py::test_rows_that_go_on_in_vain_stay_within_the_learned_positions[4-plain]",
     ),
     Edit(
-        "the order of a prompt that a rollout holds twice is that of the ranks",
-        "rollout/experience.py",
-        "key=lambda t: (t.index, t.repeat)",
-        "key=lambda t: t.index",
-        "stages/test_rollout.py::test_prompts_that_a_rollout_holds_twice_keep_their_order_over_any_ranks",
-    ),
-    Edit(
         "a row that moves leaves its numbers behind",
         SLOTS,
         "return [self.mask, self.token, self.position, self.drawn, self.noise]",

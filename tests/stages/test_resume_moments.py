@@ -136,6 +136,14 @@ def test_a_run_that_was_ended_early_goes_on_with_the_rest_of_its_epoch(
     assert [epoch for epoch, _ in watch.begun] == [epoch for epoch in range(3) if 3 * epoch >= stop]
 
 
+@pytest.fixture
+def in_front():
+    """Ctrl-C as a process in front of a terminal has it; Lightning ignores it after the first one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Terminated(Callback):
     """Sends the process a signal before a step."""
 
@@ -151,7 +159,7 @@ class Terminated(Callback):
     "step, sent", [(0, signal.SIGTERM), (1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGINT)]
 )
 def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
-    step, sent, tiny_model, conversations, make_data, make_trainer, tmp_path
+    step, sent, in_front, tiny_model, conversations, make_data, make_trainer, tmp_path
 ):
     def go(folder, *callbacks, checkpoint=None):
         stage, watch = LitSFT(ModelSource(path=str(tiny_model))), Watch()
@@ -175,19 +183,17 @@ def test_a_validation_that_is_due_is_made_before_a_run_is_stopped(
     assert stopped.logged + rest[1].logged == whole[1].logged
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(tiny_model, conversations, make_data, make_trainer, tmp_path, capsys):
+def test_a_second_ctrl_c_ends_the_run_at_once(
+    in_front, tiny_model, conversations, make_data, make_trainer, tmp_path, capsys
+):
     class Twice(Terminated):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
 
     trainer = make_trainer(max_epochs=2, callbacks=[Preemption(str(tmp_path)), Twice(0)])
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit):
-            trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
-    finally:
-        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    with pytest.raises(SystemExit):
+        trainer.fit(LitSFT(ModelSource(path=str(tiny_model))), datamodule=make_data(conversations))
     assert trainer.global_step == 0 and not list(tmp_path.glob("*.ckpt"))
     assert "stops after this step, with a checkpoint; once more: at once" in capsys.readouterr().err
 
