@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.meter import machine, memory, reset_high_water, versions
+from benchmarks.settings import BARE, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER = "models/smollm2-135m-instruct"
 STEPS = 3
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -121,13 +121,7 @@ def measure(case: str, out: Path) -> None:
         max_steps=STEPS if settings["accumulate_grad_batches"] == 1 else 2,
         gradient_clip_val=1.0,
         callbacks=[scale],
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE,
     )
     trainer.fit(cli.stage, datamodule=cli.data)
     peak = memory("VmHWM")

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.meter import Meter, digest
 from benchmarks.prepare import as_dict, as_example, data_module
-from benchmarks.settings import CASES, Case, Settings
+from benchmarks.settings import BARE, CASES, Case, Settings
 from benchmarks.tokens import load_tokens, signature, unique_tokens
 from lit_align import LitDPO, LitReward, LitSFT, ModelSource
 from lit_align.batch import Example, PlannedLoader, pack
@@ -108,12 +108,7 @@ def trainer_of(settings: Settings, *callbacks: Callback, **options: Any) -> Trai
         "max_steps": settings.warmup + settings.steps,
         "log_every_n_steps": settings.log_every,
         "gradient_clip_val": settings.clip,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "limit_val_batches": 0,
+        **BARE,
         "callbacks": list(callbacks),
     }
     return Trainer(**defaults | options)

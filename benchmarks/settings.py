@@ -8,6 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BARE = {
+    "logger": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Lightning trainer that does nothing but train."""
 RECORDS = Path(os.environ.get("LIT_ALIGN_SHARED", REPOSITORY.parent / "shared")) / "data"
 
 

@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import GIVES_BACK, REPOSITORY
+from benchmarks.memory import GIVES_BACK
 from benchmarks.meter import machine, memory, reset_high_water, versions
+from benchmarks.settings import BARE, REPOSITORY
 
 PROMPTS = "datamodules/demo/corpus/queries.train.jsonl"
 WAYS = ("four networks", "four networks with adapters", "one trunk")
@@ -100,13 +101,7 @@ def measure(way: str, model: str, adapter: str, out: Path) -> None:
         max_epochs=ITERATIONS,
         gradient_clip_val=1.0,
         callbacks=[scale],
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE,
     )
     trainer.fit(stage, datamodule=data)
     peak, parameters = memory("VmHWM"), list(stage.parameters())

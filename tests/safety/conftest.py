@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_align.__main__ import main
 
@@ -64,3 +65,20 @@ def talks(tmp_path):
     line = '{"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]}\n'
     path.write_text(line * 4)
     return path
+
+
+@pytest.fixture
+def sft_config(tiny_model, talks, tmp_path):
+    """Writes the configuration of a short run; its file."""
+
+    def write(max_steps):
+        content = {
+            "model": {"class_path": "LitSFT", "init_args": {"policy": {"path": str(tiny_model)}}},
+            "data": {"class_path": "SFTDataModule", "init_args": {"train": str(talks), "batch_size": 2}},
+            "trainer": {"max_steps": max_steps, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+        }
+        config = tmp_path / "sft.yaml"
+        config.write_text(yaml.safe_dump(content))
+        return config
+
+    return write

@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from datamodules import SFTDataModule
@@ -34,15 +33,9 @@ def test_the_trap_closes(trap, mark, tmp_path):
 
 
 @pytest.fixture
-def trained(tiny_model, talks, tmp_path, cli):
+def trained(sft_config, tmp_path, cli):
     """Arguments of a run of one step, whose newest checkpoint is then poisoned, and that checkpoint."""
-    content = {
-        "model": {"class_path": "LitSFT", "init_args": {"policy": {"path": str(tiny_model)}}},
-        "data": {"class_path": "SFTDataModule", "init_args": {"train": str(talks), "batch_size": 2}},
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
-    }
-    config = tmp_path / "sft.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config = sft_config(max_steps=1)
     assert cli("fit", "--config", config, "--run_dir", tmp_path / "run")[0] == 0
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*.ckpt")
     return config, checkpoint

@@ -9,7 +9,6 @@ import socket
 
 import pytest
 import torch
-import yaml
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
@@ -246,14 +245,8 @@ def test_ranks_read_their_shards_the_same_way(name, group, folder, trap):
         readers(folder)[name]()
 
 
-def test_no_command_executes_a_sharded_checkpoint(folder, trap, cli, tiny_model, talks, tmp_path):
-    content = {
-        "model": {"class_path": "LitSFT", "init_args": {"policy": {"path": str(tiny_model)}}},
-        "data": {"class_path": "SFTDataModule", "init_args": {"train": str(talks), "batch_size": 2}},
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
-    }
-    config = tmp_path / "sft.yaml"
-    config.write_text(yaml.safe_dump(content))
+def test_no_command_executes_a_sharded_checkpoint(folder, trap, cli, sft_config, talks, tmp_path):
+    config = sft_config(max_steps=2)
     (folder / ".metadata").write_bytes(pickle.dumps(trap))
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -275,20 +268,14 @@ def test_no_command_executes_a_sharded_checkpoint(folder, trap, cli, tiny_model,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_option_that_executes_is_lightning_s_own(tmp_path, tiny_model, talks, cli, mark):
+def test_the_option_that_executes_is_lightning_s_own(tmp_path, sft_config, cli, mark):
     """`weights_only=false`, said by the user, executes a checkpoint that is a file; under fsdp2 it does not."""
 
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(mark),)
 
-    content = {
-        "model": {"class_path": "LitSFT", "init_args": {"policy": {"path": str(tiny_model)}}},
-        "data": {"class_path": "SFTDataModule", "init_args": {"train": str(talks), "batch_size": 2}},
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
-    }
-    config = tmp_path / "sft.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config = sft_config(max_steps=1)
     assert cli("fit", "--config", config, "--run_dir", tmp_path / "run")[0] == 0
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*.ckpt")
     torch.save({**torch.load(checkpoint, weights_only=True), "extra": Trap()}, checkpoint)
