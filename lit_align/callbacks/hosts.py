@@ -42,11 +42,7 @@ class OneRun(Callback):
         self._same_folder(trainer)
 
     def _same_folder(self, trainer: Trainer) -> None:
-        mark = Path(trainer.strategy.broadcast(str(self.run_dir / f".seen-{uuid.uuid4().hex}")))
-        if trainer.is_global_zero:
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-        trainer.strategy.barrier("run folder")
+        mark = self._mark(trainer)
         blind = [
             f"rank {n} on {host}"
             for n, (host, sees) in enumerate(_of_all_ranks((platform.node(), _appears(mark))))
@@ -66,6 +62,21 @@ class OneRun(Callback):
             f"run_dir: {folder}: checkpoints and results lie with rank 0 alone. To go on after a kill, copy the folder "
             "to every host first, or give one on a disk that all hosts share"
         )
+
+
+    def _mark(self, trainer: Trainer) -> Path:
+        """A new file of rank 0 in its run folder; the others wait for it."""
+        mark, fault = self.run_dir / f".seen-{uuid.uuid4().hex}", None
+        if trainer.is_global_zero:
+            try:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            except OSError as error:  # raised by itself, it would leave the other ranks waiting
+                fault = str(error)
+        mark, fault = trainer.strategy.broadcast((mark, fault))
+        if fault is not None:
+            raise ValueError(f"run_dir: rank 0 cannot write into {mark.parent}: {fault}")
+        return mark
 
 
 def _same_checkpoint(ranks: list[tuple[str, str]]) -> None:

@@ -71,6 +71,7 @@ def head_loss(
     if torch.is_grad_enabled():
         return _PartwiseLoss.apply(hidden, head.weight, head.bias, head, parts, loss_of, entropy_gradient)
     with torch.autocast(hidden.device.type, enabled=False):
+        head = head.for_a_walk()
         scored = [(score(hidden[rows], part.scored.targets, head), part) for rows, part in parts]
         losses = [loss_of(_stats(chunk), part) for chunk, part in scored]
     return _added(losses, hidden)
@@ -118,7 +119,7 @@ def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
         return head_stats(model, hidden, targets, temperature).logps
     rows = chunk_rows(len(head.weight), hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+        head, pieces = head.for_a_walk(), zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.cat([score(h, t, head, moments=False).logps for h, t in pieces])
 
 
@@ -142,6 +143,7 @@ class _PartwiseLoss(torch.autograd.Function):
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=head.exact)
         with torch.autocast(hidden.device.type, enabled=False):
+            head = head.for_a_walk()
             gradients, of_hidden = Gradients(head), torch.zeros_like(hidden)
             for rows, part in parts:
                 chunk = score(hidden[rows], part.scored.targets, head, keep=True)
@@ -191,8 +193,8 @@ class _Stats(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-            chunks = [_stats(score(h, t, head)) for h, t in pieces]
+            walked, pieces = head.for_a_walk(), zip(hidden.split(rows), targets.split(rows), strict=True)
+            chunks = [_stats(score(h, t, walked)) for h, t in pieces]
         logps, entropy, correct = (torch.cat(column) for column in zip(*chunks, strict=True))
         ctx.save_for_backward(hidden, targets)
         ctx.head, ctx.rows, ctx.entropy_gradient = head, rows, entropy_gradient
@@ -203,7 +205,7 @@ class _Stats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *of_stats: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
-        head: Projection = ctx.head
+        head: Projection = ctx.head.for_a_walk()
         with torch.autocast(hidden.device.type, enabled=False):
             gradients, of_hidden = Gradients(head), []
             of_entropy = of_stats[1].split(ctx.rows) if ctx.entropy_gradient else repeat(None)

@@ -15,7 +15,7 @@ log-probabilities are too coarse for KL divergences and ratios.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Projection:
         cap: Soft-cap of the scaled logits (Gemma 2); None = none.
         temperature: Divides what comes out.
         operands: Dtype of the matrix products' operands; their sums are float32 at least.
+        converted: `weight` in that dtype, [V, H], for the time of one walk; None = each block is converted when used.
     """
 
     weight: Tensor
@@ -57,6 +58,7 @@ class Projection:
     cap: float | None
     temperature: float
     operands: torch.dtype
+    converted: Tensor | None = None
 
     @property
     def exact(self) -> torch.dtype:
@@ -74,9 +76,19 @@ class Projection:
         size = BLOCK if self.weight.device.type == "cpu" else vocabulary
         return (slice(i, min(i + size, vocabulary)) for i in range(0, vocabulary, size))
 
+    def for_a_walk(self) -> Projection:
+        """With the weights converted once for all chunks, where one block is all of them; else as it is."""
+        if self.weight.dtype == self.operands or len(list(self.blocks())) > 1:
+            return self
+        return replace(self, converted=self.weight.detach().to(self.operands))
+
+    def operand(self, block: slice) -> Tensor:
+        """The weights of a block as the products take them, [block, H]."""
+        return (self.weight if self.converted is None else self.converted)[block].to(self.operands)
+
     def logits(self, scaled: Tensor, block: slice) -> Tensor:
         """Logits y of a block [rows, block], from `inner` times the hidden states."""
-        y = _product(scaled.to(self.operands), self.weight[block].to(self.operands).t())
+        y = _product(scaled.to(self.operands), self.operand(block).t())
         if self.bias is not None:
             y += self.bias[block].to(y.dtype) * self.inner
         if self.cap is not None:
@@ -228,7 +240,7 @@ class Gradients:
             else:
                 exponentials, factor = _bent(chunk, exponentials, top, of_logps, of_entropy, head), to_probability
             narrow = exponentials.to(head.operands)
-            of_rows.addcmul_(_product(narrow, head.weight[block].to(head.operands)), factor[:, None])
+            of_rows.addcmul_(_product(narrow, head.operand(block)), factor[:, None])
             self._add_block(block, narrow, factor, chunk.scaled)
         return of_rows.mul_(head.inner)
 

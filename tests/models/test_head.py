@@ -245,6 +245,35 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch):
     assert len(batch.scored) * 4096 > 100 * largest.numel
 
 
+class Conversions(TorchDispatchMode):
+    """How often a tensor of this shape changes its dtype."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.count = shape, dtype, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.count += out.shape == self.shape and args[0].dtype == self.dtype
+        return out
+
+
+def test_weights_of_another_dtype_are_converted_once_for_all_chunks(monkeypatch, batch):
+    monkeypatch.setattr(projection, "BLOCK", V)
+    model, hidden = model_with(dtype=torch.bfloat16), hidden_of(batch, torch.bfloat16)
+    with Conversions((V, H), torch.bfloat16) as forward:
+        loss = head_loss(model, hidden, token_parts(batch, 6), nll)
+    with Conversions((V, H), torch.bfloat16) as alone:
+        with torch.no_grad():
+            head_loss(model, hidden, token_parts(batch, 6), nll)
+        stats = head_stats(model, hidden, batch.scored.targets, rows=6)
+    with Conversions((V, H), torch.bfloat16) as backward:
+        stats.logps.sum().backward()
+    loss.backward()
+    assert len(token_parts(batch, 6)) > 2 and (forward.count, alone.count, backward.count) == (1, 2, 1)
+
+
 def test_a_head_that_is_more_than_a_matrix_goes_the_plain_way_and_says_so(batch, caplog):
     model, hidden = model_with(), hidden_of(batch)
     want = gradients(head_loss(model, hidden, token_parts(batch, 6), nll), hidden, model.head.weight)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -40,7 +41,9 @@ class VLLM(Engine):
     gpu_memory_utilization: float = 0.3
     dtype: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
-    _engines: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _engines: WeakKeyDictionary[nn.Module, Any] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def sample(
         self,
@@ -57,7 +60,7 @@ class VLLM(Engine):
             ImportError: vLLM is not installed.
         """
         vllm = _vllm()
-        llm = self._engines.setdefault(id(model), None) or self._engine(vllm, model)
+        llm = self._engines.get(model) or self._engine(vllm, model)
         push_weights(llm, model)
         asked = [{"prompt_token_ids": ids.tolist()} for ids in prompt_ids for _ in range(num_answers)]
         settings = [vllm.SamplingParams(**_settings(stop_ids, sampling, float(row[0]))) for row in noise]
@@ -79,7 +82,7 @@ class VLLM(Engine):
                 dtype=self.dtype,
                 **self.options,
             )
-        self._engines[id(model)] = llm
+        self._engines[model] = llm
         return llm
 
 
