@@ -63,7 +63,6 @@ class OneRun(Callback):
             "to every host first, or give one on a disk that all hosts share"
         )
 
-
     def _mark(self, trainer: Trainer) -> Path:
         """A new file of rank 0 in its run folder; the others wait for it."""
         mark, fault = self.run_dir / f".seen-{uuid.uuid4().hex}", None

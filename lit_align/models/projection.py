@@ -29,6 +29,8 @@ KEPT = {"cpu": 2**24, "cuda": 2**28}
 """Exponentials kept at a time (64 MiB on a CPU, 1 GiB on a GPU): they set the rows of a chunk."""
 ROWS = {"cpu": (128, 1024), "cuda": (512, 4096)}
 """Fewest and most rows of a chunk: with fewer, reading the weights costs more than multiplying them."""
+HANDFUL = 16
+"""Rows up to which a CPU is faster with the product turned round (measured with 49k and 1.5k rows of weights)."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -88,7 +90,7 @@ class Projection:
 
     def logits(self, scaled: Tensor, block: slice) -> Tensor:
         """Logits y of a block [rows, block], from `inner` times the hidden states."""
-        y = _product(scaled.to(self.operands), self.operand(block).t())
+        y = _tall(self.operand(block), scaled.to(self.operands))
         if self.bias is not None:
             y += self.bias[block].to(y.dtype) * self.inner
         if self.cap is not None:
@@ -119,6 +121,17 @@ def _operands(weight: Tensor) -> torch.dtype:
     if weight.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     return weight.dtype
+
+
+def _tall(weights: Tensor, rows: Tensor) -> Tensor:
+    """Rows times the weights' transpose, [n, V].
+
+    A CPU reads the weights two to three times as fast for a handful of rows (a step of decoding) if these are the
+    columns on the right.
+    """
+    if rows.device.type == "cpu" and len(rows) <= HANDFUL:
+        return _product(weights, rows.t()).t().contiguous()
+    return _product(rows, weights.t())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.compare import settings_of
+from benchmarks.compare import Comparison, settings_of
 from benchmarks.flops import Shape, trunk
 from benchmarks.gpu_setup import CONFIGS
 from benchmarks.growth import TINY, answers, documents, step_seconds
@@ -64,6 +64,22 @@ def test_cases_keep_the_shared_settings_but_for_their_own():
     assert settings_of(CASES["sft-30"], Settings()).layers == 30
     assert settings_of(CASES["sft-30"], Settings(layers=1)).layers == 1
     assert settings_of(CASES["ppo"], Settings(steps=9)).steps == 3
+
+
+@pytest.mark.parametrize(
+    "shipped, rivals",
+    [(1.0, ["precomputed"]), (3.0, ["shipped", "precomputed"])],
+    ids=["slower than its best flags", "faster"],
+)
+def test_the_claim_is_against_the_peer_at_its_fastest(shipped, rivals):
+    def one(speed):
+        steps = [{"tokens": 10, "examples": 1}] * 3
+        return {"steps": steps, "seconds": [10 / speed] * 3, "cpu_seconds": [1.0] * 3, "extra_seconds": 0.0}
+
+    comparison = Comparison(CASES["dpo"], Settings(warmup=1), None, None)
+    for variant, speed in {"shipped": shipped, "plain": 1.5, "precomputed": 2.0}.items():
+        comparison.peers[variant].append((0, one(speed)))
+    assert comparison.rivals() == rivals
 
 
 def test_adapters_cost_two_passes_of_three():

@@ -34,6 +34,12 @@ def test_a_case_is_one_row_with_the_best_way_of_each_column(tmp_path):
     assert row == ("| sft | 200 (199 to 201) | 50% | 4.00x (shipped) | 2.00x (bfd) | – | 100, 300 MiB |")
 
 
+def test_memory_is_beside_that_of_the_fastest_way_whatever_its_column(tmp_path):
+    shipped, plain = peer("A", 150, 200) | {"peak_bytes_above_weights": 250 * 2**20}, peer("B", 100, 200)
+    write(tmp_path, peers={"shipped": shipped, "plain": plain}, best=["shipped", "plain"])
+    assert "| 100, 250 MiB |" in render(tmp_path)
+
+
 def test_what_gave_no_number_is_told(tmp_path):
     write(tmp_path)
     text = render(tmp_path)
