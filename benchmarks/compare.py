@@ -117,9 +117,10 @@ class Comparison:
 
     def rivals(self) -> list[str]:
         """Against these the claim is made: the fastest of B and of C, and of A where it is faster than that of B."""
-        speed = {self.columns[v]: self._speed(v) for v in self.best()}
-        a_counts = speed.get("A", 0.0) > speed.get("B", 0.0)
-        return [v for v in self.best() if self.columns[v] != "A" or a_counts]
+        best = {self.columns[v]: v for v in self.best()}
+        if "A" in best and "B" in best and self._speed(best["A"]) <= self._speed(best["B"]):
+            del best["A"]
+        return list(best.values())
 
     def best(self) -> list[str]:
         """The fastest way of each column that passed the gate."""

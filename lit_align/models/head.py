@@ -68,10 +68,10 @@ def head_loss(
         arguments = (temperature, entropy_gradient)
         stats = [TokenStats(*plain_stats(model, hidden[rows], p.scored.targets, *arguments)) for rows, p in parts]
         return _added([loss_of(s, part) for s, (_, part) in zip(stats, parts, strict=True)], hidden)
+    head = head.for_a_walk()
     if torch.is_grad_enabled():
         return _PartwiseLoss.apply(hidden, head.weight, head.bias, head, parts, loss_of, entropy_gradient)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head.for_a_walk()
         scored = [(score(hidden[rows], part.scored.targets, head), part) for rows, part in parts]
         losses = [loss_of(_stats(chunk), part) for chunk, part in scored]
     return _added(losses, hidden)
@@ -143,7 +143,6 @@ class _PartwiseLoss(torch.autograd.Function):
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=head.exact)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head.for_a_walk()
             gradients, of_hidden = Gradients(head), torch.zeros_like(hidden)
             for rows, part in parts:
                 chunk = score(hidden[rows], part.scored.targets, head, keep=True)
