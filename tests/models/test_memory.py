@@ -31,10 +31,11 @@ SMALL = {
     "head_dim": 12,
     "vocab_size": 64,
 }
+# Made anew for each test: `from_config` notes the data type it was asked for in the object it is given.
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen3": Qwen3Config(**SMALL),
-    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0),
 }
 SMOLLM = {
     "model_type": "llama",
@@ -161,7 +162,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, dtype, mixed, lora, tolerance", CASES)
 def test_activations_are_what_autograd_keeps(name, dtype, mixed, lora, tolerance):
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=getattr(torch, dtype))
     adapters = LoraSettings(r=4) if lora else None
     model = prepare(model, ModelSource(path="x", dtype=dtype, lora=adapters), "causal").eval()
     shape, weights = shape_of(model), weights_of(model)
@@ -172,7 +173,7 @@ def test_activations_are_what_autograd_keeps(name, dtype, mixed, lora, tolerance
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_cache_of_keys_and_values(mixed):
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     cache = DynamicCache()
     with torch.no_grad(), torch.autocast("cpu", enabled=mixed):
         model(input_ids=torch.zeros(5, 11, dtype=torch.long), past_key_values=cache, use_cache=True)
