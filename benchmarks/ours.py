@@ -70,9 +70,9 @@ class Measure(Callback):
         self.meter.stamp()
 
 
-def source(folder: Path, settings: Settings) -> ModelSource:
+def source(folder: Path, settings: Settings, recompute: bool = False) -> ModelSource:
     """Where both sides' weights are."""
-    return ModelSource(path=str(folder), dtype=settings.dtype)
+    return ModelSource(path=str(folder), dtype=settings.dtype, gradient_checkpointing=recompute)
 
 
 def optimisation(settings: Settings) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def optimisation(settings: Settings) -> dict[str, Any]:
 
 def stage_of(case: Case, settings: Settings, scratch: Path) -> Any:
     """The stage with its defaults."""
-    policy, rest = source(scratch / "policy", settings), optimisation(settings)
+    policy, rest = source(scratch / "policy", settings, case.recompute), optimisation(settings)
     if case.stage == "sft":
         return LitSFT(policy, **rest)
     if case.stage == "dpo":
         return LitDPO(policy, **rest)
-    return LitReward(source(scratch / "scalar", settings), **rest)
+    return LitReward(source(scratch / "scalar", settings, case.recompute), **rest)
 
 
 def trainer_of(settings: Settings, *callbacks: Callback, **options: Any) -> Trainer:

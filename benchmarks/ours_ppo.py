@@ -48,7 +48,7 @@ class FixedLength(LitPPO):
     def _given(self, prompt_ids: Sequence[Tensor]) -> list[Answer]:
         size = self.sampling.max_new_tokens
         rows = forced_answers([ids.tolist() for ids in prompt_ids], size, self.policy.config.vocab_size)
-        # Several passes over a rollout do not use the log-probabilities of what sampled it.
+        # The forced run computes their log-probabilities itself.
         return [Answer(torch.tensor(ids), False, torch.zeros(size)) for ids in rows]
 
 
@@ -103,7 +103,13 @@ def measure_ppo(case: Case, scratch: Path, out: Path, forced: bool) -> None:
         reward_model=scalar,
         critic=scalar,
         estimator=UnbiasedGAE() if forced else GAE(),
-        ppo=PPOSettings(ppo_epochs=settings.ppo_epochs, missing_eos_penalty=0.0, reward_clip=None, dual_clip=None),
+        ppo=PPOSettings(
+            ppo_epochs=settings.ppo_epochs,
+            old_logps="recompute" if forced else "sampled",  # as the peer: of sampling, where there was any
+            missing_eos_penalty=0.0,
+            reward_clip=None,
+            dual_clip=None,
+        ),
         sampling=Sampling(max_new_tokens=settings.response_length),
         **optimisation(settings),
     )

@@ -85,6 +85,7 @@ class Case:
         ratio: For made-up pairs: prompt tokens per answer token.
         peers: Ways to run the peer: name -> column (A = as shipped, B = its best flags, C = B with our attention).
         layers: Other than the settings'; None = theirs.
+        recompute: Whether activations are computed again in backward, on both sides; TRL as shipped always does.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Case:
     ratio: float | None = None
     peers: tuple[tuple[str, str], ...] = ()
     layers: int | None = None
+    recompute: bool = False
 
 
 _SFT = (("shipped", "A"), ("plain", "B"), ("grouped", "B"), ("padding-free", "B"), ("bfd", "B"))
@@ -106,6 +108,7 @@ CASES = {
     for case in (
         Case("sft", "sft", "sft/medical_sft.jsonl", peers=_SFT),
         Case("dpo", "dpo", "preference/dpo_zh.jsonl", peers=_DPO),
+        Case("dpo-recompute", "dpo", "preference/dpo_zh.jsonl", peers=(_DPO[0], _DPO[2]), recompute=True),
         Case("dpo-0.4", "dpo", ratio=0.4, peers=_DPO[2:3]),
         Case("dpo-2", "dpo", ratio=2.0, peers=_DPO[2:3]),
         Case("dpo-4", "dpo", ratio=4.0, peers=_DPO[2:3]),

@@ -158,7 +158,7 @@ def arguments(case: Case, variant: str, settings: Settings, rows: list[dict[str,
         "train_sampling_strategy": "group_by_length" if "grouped" in variant else "sequential",
     }
     if variant != "shipped":
-        given["gradient_checkpointing"] = False
+        given["gradient_checkpointing"] = case.recompute
     if "precomputed" in variant:
         given["precompute_ref_log_probs"] = True
     if "grouped" in variant or "bfd" in variant:  # batches of its own: all examples once, in as many steps as it takes
