@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from logging import getLogger
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,7 +50,7 @@ class RemoteReward:
     Args:
         url: Where to, http:// or https://. It is written to the run's config.yaml: no password belongs into it.
         batch_size: Answers per request at most.
-        time_limit: Seconds that connecting, and then the whole reply, may take.
+        time_limit: Seconds that a request may take, from connecting to the end of its reply.
         retries: Further attempts for a request that failed in passing.
         backoff: Seconds before the second attempt; they double before each further one, up to 60.
         headers: Further headers. They too are written to the run's config.yaml.
@@ -101,8 +103,8 @@ class RemoteReward:
             raise ValueError(f"reward server {self.__name__}: a record cannot be written as JSON: {error}") from error
         for attempt in range(self.retries + 1):
             try:
-                return self._attempt(client, asked, len(answers))
-            except (_PassingError, httpx.TransportError) as error:
+                return _within(self.time_limit, lambda: self._attempt(client, asked, len(answers)))
+            except (_PassingError, httpx.TransportError, TimeoutError) as error:
                 what = str(error) if isinstance(error, _PassingError) else self._failure(error)
                 if attempt == self.retries:
                     times = f"{attempt + 1} attempt{'s' if attempt else ''}"
@@ -134,7 +136,7 @@ class RemoteReward:
             if size > largest:
                 raise self._refusal(f"a reply of more than {largest} bytes", "a list of numbers")
             if time.monotonic() > deadline:
-                raise _PassingError(f"the reply had not ended after {self.time_limit:g} s")
+                raise TimeoutError
             yield chunk
 
     def _parsed(self, body: bytes, count: int) -> list[float]:
@@ -153,9 +155,9 @@ class RemoteReward:
                 raise self._refusal(f"{str(value)[:EXCERPT]} at place {place}", f"{expected} within float32")
         return [float(value) for value in values]
 
-    def _failure(self, error: httpx.TransportError) -> str:
-        if isinstance(error, httpx.TimeoutException):
-            return f"no reply within {self.time_limit:g} s ({type(error).__name__})"
+    def _failure(self, error: Exception) -> str:
+        if isinstance(error, (httpx.TimeoutException, TimeoutError)):
+            return f"no whole reply within {self.time_limit:g} s"
         return f"{type(error).__name__}: {error}"
 
     def _refusal(self, got: str, expected: str) -> ValueError:
@@ -203,6 +205,23 @@ class RemoteReward:
                 raise ValueError(f"headers: {name} would be written to config.yaml; set token_env instead")
             if not HEADER.fullmatch(name) or not _is_printable(value):
                 raise ValueError(f"headers: {name!r} cannot be sent: expected plain ASCII without line breaks")
+
+
+def _within(seconds: float, work: Callable[[], list[float]]) -> list[float]:
+    """What `work` gives, or TimeoutError: httpx limits each read of a reply, so one that trickles in would never end.
+
+    The work is left alone then; it ends at its next read, at the latest with the client.
+    """
+    future: Future[list[float]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def _is_printable(text: str) -> bool:

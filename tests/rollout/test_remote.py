@@ -99,6 +99,13 @@ def _drip(handler):
         time.sleep(0.1)
 
 
+def _drip_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(40):
+        handler.wfile.write(b"X-%d: wait\r\n" % number)
+        time.sleep(0.1)
+
+
 def _squeeze(handler):
     """A compressed body, which nobody asked for."""
     handler.send_response(200)
@@ -110,16 +117,13 @@ def _squeeze(handler):
 
 
 @pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda handler: time.sleep(1.5), r"no reply within 0\.3 s \(ReadTimeout\)"),
-        (_drip, "had not ended after 0.3 s"),
-    ],
-    ids=["silent", "dripping"],
+    "write",
+    [lambda handler: time.sleep(1.5), _drip, _drip_headers],
+    ids=["silent", "dripping", "dripping headers"],
 )
-def test_a_slow_server_meets_the_time_limit(write, message):
+def test_a_slow_server_meets_the_time_limit(write):
     judge, start = Judge(SimpleNamespace(write=write)), time.monotonic()
-    with pytest.raises(ValueError, match=f"no rewards after 2 attempts: .*{message}"):
+    with pytest.raises(ValueError, match=r"no rewards after 2 attempts: no whole reply within 0\.3 s"):
         ask(judge, time_limit=0.3, retries=1)
     assert time.monotonic() - start < 3 and len(judge.requests) == 2
 
