@@ -44,7 +44,7 @@ class AlignDataModule(Inspection, LightningDataModule):
             prompt, so that no prompt is on both sides.
         test: The same for `test`.
         predict: The same for `predict`.
-        tokenizer: Folder, id or GGUF file of the tokenizer. The command line takes the model's if this is left out.
+        tokenizer: Folder, id (`org/name`, `org/name@revision`) or GGUF file; the command line fills in the model's.
         batch_size: Examples of an optimizer step, over all ranks and micro-batches together: `devices` and
             `accumulate_grad_batches` split this number, they do not multiply it. Default: 8, or `max_tokens`.
         max_tokens: Instead of `batch_size`: unique tokens of an optimizer step, over all ranks and micro-batches

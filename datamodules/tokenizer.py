@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: Any, owner: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, an id or a GGUF file; a tokenizer object is handed back as it is.
+    """The tokenizer of a folder, an id (`org/name`, `org/name@revision`) or a GGUF file; an object is handed back.
 
     Args:
         source: What was configured.
@@ -37,8 +37,11 @@ def _from_path(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = Path(source).expanduser()
-    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    place = str(path.parent) if options else str(path) if path.exists() else source
+    options, place = {}, str(path) if path.exists() else source
+    if path.suffix == ".gguf":
+        options["gguf_file"], place = path.name, str(path.parent)
+    elif "@" in source and not path.exists():  # in no id of the Hub
+        place, _, options["revision"] = source.rpartition("@")
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:

@@ -32,12 +32,15 @@ def _tokenizer_of(model: Any) -> str | None:
     for role in ROLES:
         source = init_args.get(role) if init_args else None
         if source is not None:
-            return source.get("tokenizer") or _place(source.get("path"), source.get("gguf_file"))
+            return source.get("tokenizer") or _place(source)
     return None
 
 
-def _place(path: str | None, gguf_file: str | None) -> str | None:
-    return str(Path(path) / gguf_file) if path and gguf_file else path
+def _place(source: Namespace) -> str | None:
+    path, gguf_file, revision = source.get("path"), source.get("gguf_file"), source.get("revision")
+    if path and gguf_file:
+        return str(Path(path) / gguf_file)
+    return f"{path}@{revision}" if path and revision and not Path(path).exists() else path
 
 
 def _init_args(node: Any) -> Iterator[Namespace]:
