@@ -110,7 +110,7 @@ def forests(draw):
     return examples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(forests())
 def test_every_layout_scores_the_same_tokens_from_the_token_before(examples):
     want = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import PretrainDataModule
@@ -40,7 +40,7 @@ def test_a_text_file_is_one_document_and_files_are_several(write, tokenizer):
     assert joined(load(paths, tokenizer, 5).datasets["train"]) == expected
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     documents=st.lists(st.text("ab 三\n", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=5),
     block_size=st.integers(2, 9),

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.formats import DataError, Message, Place
@@ -136,7 +136,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00<"), min_si
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(family=st.sampled_from(FAMILIES), data=st.data())
 def test_labels_are_the_assistants_tokens_for_any_conversation(cached_templates, family, data):
     contents = data.draw(st.lists(texts, min_size=2, max_size=6).filter(lambda items: len(items) % 2 == 0))
@@ -148,7 +148,7 @@ def test_labels_are_the_assistants_tokens_for_any_conversation(cached_templates,
     assert turns.turns.tolist() == expected
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(family=st.sampled_from(FAMILIES), question=texts, answer=texts)
 def test_prompt_and_response_together_spell_the_rendered_conversation(cached_templates, family, question, answer):
     template = cached_templates(family)

@@ -104,7 +104,7 @@ def encode(guard, record):
     return row
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     data=st.data(), family=st.sampled_from(FAMILIES), train_on=st.sampled_from(["all", "last"]), openai=st.booleans()
 )
@@ -126,7 +126,7 @@ def test_the_trained_tokens_are_the_answers_with_their_end_of_turn(guards, data,
     assert row["trained"] == float(row["weights"].astype("float64").sum()) and row["weights"][0] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
 def test_both_answers_of_a_pair_are_what_was_written_after_the_same_prompt(guards, data, family):
     turns = [turn for turn in data.draw(conversations(family))]

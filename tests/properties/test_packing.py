@@ -61,7 +61,7 @@ def separate_logps(model, examples):
     return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(examples=forests(), layout=st.sampled_from(list(LAYOUTS)))
 def test_sequences_in_one_batch_are_as_likely_as_alone(model, plain, examples, layout):
     with torch.no_grad():
@@ -92,7 +92,7 @@ def spoil(example, which, g):
     return Example(garbage(example.prefix_ids) if whole else example.prefix_ids, branches)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(examples=forests(), layout=st.sampled_from(list(LAYOUTS)), data=st.data())
 def test_garbage_in_a_neighbour_changes_neither_loss_nor_gradient(model, examples, layout, data):
     number = data.draw(st.integers(0, len(examples) - 1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from datamodules.pretrain import BlockExamples
 from lit_align.batch import PlannedLoader, epoch_order
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=100)
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 sizes = st.one_of(
     st.builds(lambda n: {"batch_size": n}, st.integers(1, 12)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
@@ -20,7 +20,7 @@ from datamodules.formats.fields import MAX_DEPTH, parse_json
 from datamodules.store import Guard
 
 pytestmark = pytest.mark.timeout(120)
-quick = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=150)
 
 RECORDS = [{"text": "发烧é"}, {"text": 'a "b" \\ \n c', "n": [1, {"m": None}]}, {"text": "\U0001f600"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
@@ -244,7 +244,7 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
     assert [fault.reason for fault in load(path)[1]] == ["duplicate field"]
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255))
 def test_a_parquet_file_with_a_wrong_byte_gives_records_or_faults(tmp_path, at, byte):
     path = str(tmp_path / "a.parquet")

@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.formats import DataError, FileSource, HubSource, Place, read, readers
@@ -143,7 +143,7 @@ def test_a_line_of_ten_megabytes_is_read(write):
     assert len(rows[0][1]["text"]) == 3_500_000
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(content=st.binary(max_size=60), suffix=st.sampled_from(["jsonl", "json", "txt", "parquet"]))
 @example(content=b"[1, 2", suffix="json")
 @example(content=b"\xef\xbb\xbf", suffix="jsonl")
@@ -165,7 +165,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(records=st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=3), min_size=1, max_size=4))
 @example(records=[{"a": "\ud800"}])
 def test_no_record_is_lost_or_changed_on_the_way(write, records):
