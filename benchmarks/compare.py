@@ -151,6 +151,7 @@ class Comparison:
         return {
             "case": self.case.name,
             "stage": self.case.stage,
+            "model": self.places.model.name,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(),
             "command": f"python -m benchmarks.compare {self.case.name}",
@@ -245,7 +246,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in options.cases or NAMES:
         if name == "growth":
+            if options.device != "cpu":
+                print("growth: it is measured on a CPU alone, so not here", flush=True)
+                continue
             command = [sys.executable, "-m", "benchmarks.growth", "--threads", str(options.threads)]
+            command += ["--results", str(results.resolve())]
             environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
             more = ["--smoke"] * options.smoke
             failed |= subprocess.run(command + more, cwd=REPOSITORY, env=environment, check=False).returncode != 0

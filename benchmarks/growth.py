@@ -195,6 +195,7 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--smoke", action="store_true", help="tiny sizes, and no result is written")
     made.add_argument("--threads", type=int, default=Settings.threads)
+    made.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     made.add_argument("--head", type=int, nargs=2, metavar=("ROWS", "VOCABULARY"), help="measure this and print it")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
@@ -207,8 +208,8 @@ def main() -> int:
     if not options.smoke:
         result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions(), "curves": curves}
         result |= {"command": "python -m benchmarks.growth", "threads": options.threads}
-        path = REPOSITORY / "benchmarks" / "results" / "growth.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "growth.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -47,18 +47,10 @@ def prepare(case: Case, settings: Settings, model: Path, scratch: Path) -> None:
     (scratch / "tokens.json").write_text(json.dumps(examples), encoding="utf-8")
 
 
-def layers_in(folder: Path) -> int | None:
-    """Of the model in the folder; None if there is none yet."""
-    config = folder / "config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["num_hidden_layers"] if config.is_file() else None
-
-
 def cut_model(source: Path, folder: Path, layers: int) -> None:
     """Saves the first layers of a model in float32, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if layers_in(folder) == layers:
-        return
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
@@ -70,8 +62,6 @@ def cut_model(source: Path, folder: Path, layers: int) -> None:
 
 def scalar_model(source: Path, folder: Path, seed: int) -> None:
     """Saves a reward model with a random head, and a padding token of its own that no text ends with."""
-    if layers_in(folder) == layers_in(source):
-        return
     origin = ModelSource(path=str(source))
     model = load_scalar_model(origin)
     torch.manual_seed(seed)

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import gpu
 from benchmarks.compare import Comparison, settings_of
 from benchmarks.flops import Shape, trunk
 from benchmarks.gpu_setup import CONFIGS
 from benchmarks.growth import TINY, answers, documents, step_seconds
-from benchmarks.prepare import as_dict, as_example, layers_in, made_up
+from benchmarks.prepare import as_dict, as_example, cut_model, made_up
 from benchmarks.settings import CASES, Settings
 from benchmarks.tokens import unique_tokens
 
@@ -49,14 +50,25 @@ def test_the_high_water_mark_starts_again_and_sees_what_was_freed(repository):
 @pytest.mark.parametrize("name", ["dpo-0.4", "dpo-2", "dpo-4"])
 def test_made_up_pairs_have_the_ratio_and_fit(name, tmp_path):
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "config.json").write_text(json.dumps({"vocab_size": 1000, "num_hidden_layers": 3}))
-    assert layers_in(tmp_path / "policy") == 3 and layers_in(tmp_path) is None
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({"vocab_size": 1000}))
     rows = made_up(CASES[name], Settings(), tmp_path, steps=8)
     assert len(rows) == 8 * Settings.batch_size
     assert all(len(row["prompt"]) + max(map(len, row["branches"])) <= Settings.max_length for row in rows)
     prompts, branches = (sum(len(row["prompt"]) for row in rows), sum(len(b) for row in rows for b in row["branches"]))
     assert prompts / (branches / 2) == pytest.approx(CASES[name].ratio, rel=0.06)
     assert as_dict(as_example(rows[0])) == rows[0] and unique_tokens(rows[0]) == len(as_example(rows[0]))
+
+
+def test_another_model_takes_the_place_of_the_one_before(tiny_model, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.nn.init.zeros_(other.get_input_embeddings().weight)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
+    for model, zero in ((tiny_model, False), (tmp_path / "other", True)):
+        cut_model(model, tmp_path / "policy", 1)
+        cut = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+        assert cut.config.num_hidden_layers == 1
+        assert bool((cut.get_input_embeddings().weight == 0).all()) == zero
 
 
 def test_cases_keep_the_shared_settings_but_for_their_own():
