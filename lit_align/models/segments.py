@@ -125,30 +125,37 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, scores: Scores) -> tup
     if scores.softcap is not None:
         capped = found.div_(scores.softcap).tanh_()
         found, slope = capped * scores.softcap, 1 - capped.square()
-    size, columns = block.stop - block.start, keys.shape[1]
+    size, columns, offset = block.stop - block.start, keys.shape[1], block.offset
     grid = found.view(len(found), -1, size, columns)
-    if scores.window is None:
-        grid, columns, offset = grid[..., columns - size :], size, 0
-    else:
-        offset = block.offset
-    grid.add_(_hidden(size, columns, offset, scores.window, found.dtype, found.device))
+    if scores.window is None:  # all of the block see what stands before it
+        grid, offset = grid[..., columns - size :], 0
+    grid.add_(_hidden(size, offset, scores.window, found.dtype, found.device))
     return torch.softmax(found, -1), slope
 
 
-@lru_cache(maxsize=64)
-def _hidden(
-    size: int, columns: int, offset: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """-inf = may not attend, else 0, [size, columns]; query 0 is column `offset`."""
+def _hidden(size: int, offset: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf = may not attend, else 0, [size, offset + size]; query 0 is column `offset`."""
+    reach = window or 0
+    return _band(window, dtype, device)[:size, reach - offset : reach + size]
+
+
+@lru_cache(maxsize=8)
+def _band(window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of which every block's mask is a part, however long its span: one for a device, a few megabytes at most."""
+    size, reach = _block_size(device), window or 0
     with torch.inference_mode(False):
-        back = torch.arange(size, device=device)[:, None] + offset - torch.arange(columns, device=device)
+        back = torch.arange(size, device=device)[:, None] + reach - torch.arange(reach + size, device=device)
         hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        return torch.zeros(size, columns, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+        return torch.zeros_like(back, dtype=dtype).masked_fill(hidden, -torch.inf)
+
+
+def _block_size(device: torch.device) -> int:
+    return BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
 def _blocks(span: Segment, window: int | None, device: torch.device) -> Iterator[Block]:
     before = span.prefix_stop - span.prefix_start - span.start
-    size = BLOCK if device.type == "cpu" else GPU_BLOCK
+    size = _block_size(device)
     for start in range(span.start, span.stop, size):
         stop = min(start + size, span.stop)
         first = 0 if window is None else max(0, before + start - window + 1)
