@@ -48,8 +48,8 @@ def _from_path(source: str) -> PreTrainedTokenizerBase:
         where = "" if path.exists() else " (no such folder; it was tried as a Hugging Face id)"
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"tokenizer {source!r}: it cannot be loaded{where}; expected a folder with a tokenizer.json, a GGUF file or "
-            f"the id of a model ({first})"
+            f"tokenizer {source!r}: it cannot be loaded{where}; expected a folder with a tokenizer.json, a GGUF file "
+            f"or the id of a model ({first})"
         ) from error
 
 
