@@ -63,9 +63,13 @@ def attended(prompt: int, branches: Sequence[int]) -> int:
 
 def trunk(shape: Shape, prompt: int, branches: Sequence[int]) -> int:
     """Of one forward pass through the layers, for a prompt and its branches."""
-    tokens = prompt + sum(branches)
-    dense = 2 * shape.layers * shape.layer_weights * tokens
-    return dense + 2 * shape.layers * shape.heads * shape.head_dim * attended(prompt, branches)
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * attended(prompt, branches)
+    return matrices(shape, prompt, branches) + attention
+
+
+def matrices(shape: Shape, prompt: int, branches: Sequence[int]) -> int:
+    """What of `trunk` has weights: all but attention's own products."""
+    return 2 * shape.layers * shape.layer_weights * (prompt + sum(branches))
 
 
 def head(shape: Shape, scored: int) -> int:

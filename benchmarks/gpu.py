@@ -105,10 +105,9 @@ def training(setup: Setup, one: Training, steps: int = 10) -> dict[str, Any]:
 
 def needed_flops(config: dict[str, Any], one: Training, prompt: int, branches: Sequence[int]) -> float:
     """Useful operations of one example; with adapters the frozen weights have no gradient: two passes, not three."""
-    scored = sum(branches) - (not prompt)
-    whole = flops.example(flops.Shape.of(config), one.stage, prompt, branches, scored)
-    passes = flops.PASSES["train"] + (one.stage == "dpo")
-    return whole * (passes - one.lora) / passes
+    shape, scored = flops.Shape.of(config), sum(branches) - (not prompt)
+    whole = flops.example(shape, one.stage, prompt, branches, scored)
+    return whole - one.lora * (flops.matrices(shape, prompt, branches) + flops.head(shape, scored))
 
 
 def drawn(prompt: int, branches: Sequence[int], count: int, vocabulary: int) -> list[Any]:
