@@ -32,6 +32,7 @@ from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
 from lit_align.models.quantization import refuse_shards
+from lit_align.stages.optim import check_takes_shards, takes_shards
 from lit_align.stages.precision import check_precision, precision_name
 from lit_align.stages.stage import Stage
 
@@ -146,6 +147,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         refuse_shards(packed[0])
     sizes = Data(data, stage)
     optimizer = stage.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    check_takes_shards(optimizer, sharded)
     options = optimizer.defaults
     spare = device == "cuda" and "foreach" in options and not options.get("fused") and options["foreach"] is not False
     known = {dtype: state_per_weight(stage.optimizer, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -161,6 +163,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         most=max(_examples(stage, sizes) // devices, 1),
         state=lambda dtype: known.get(dtype, known[torch.float32]),
         spare=bool(spare),
+        takes_shards=takes_shards(optimizer),
         rollout=sizes.rollout(devices),
         lora=roles[0].source.lora is not None,
     ), sizes

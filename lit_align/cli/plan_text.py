@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_align.cli.budget import Budget, budget_of, remedies, sent_bytes
+from lit_align.cli.budget import Budget, budget_of, sent_bytes
+from lit_align.cli.remedies import remedies
 from lit_align.cli.situation import Role, Situation
 from lit_align.cli.workload import Seconds, Workload
 from lit_align.machine import Machine

@@ -117,6 +117,7 @@ class Situation:
         most: Largest useful `accumulate`: then each micro-batch is one example.
         state: Bytes of the optimizer's state for each weight, given the weights' data type.
         spare: Whether the optimizer makes a copy of all gradients while it works (a "foreach" one on a GPU).
+        takes_shards: Whether the optimizer works on sharded weights.
         rollout: Of PPO; None = there is none.
         lora: Whether the policy has adapters, so that it is its own reference.
     """
@@ -132,6 +133,7 @@ class Situation:
     most: int
     state: Callable[[torch.dtype], float]
     spare: bool = False
+    takes_shards: bool = True
     rollout: Rollout | None = None
     lora: bool = False
 

@@ -13,7 +13,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from trunk import CRITIC_LORA, build, write_reward_adapter
 
-from lit_align.cli import budget
+from lit_align.cli import remedies
 from lit_align.cli.budget import _head_copy, _scoring
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout, roles_of
@@ -195,6 +195,22 @@ def test_a_quantised_base_is_not_planned_in_shards(plan):
     assert "policy.quantization: nf4" in out
 
 
+def test_an_optimizer_that_takes_no_shards_is_not_planned_in_them(plan):
+    two, eight = ["--trainer.devices=2", "--trainer.strategy=fsdp2"], "--model.optimizer=bitsandbytes.optim.AdamW8bit"
+    status, _, err = plan("sft", *two, eight)
+    assert status == 2 and "AdamW8bit cannot work on sharded weights" in err
+    assert "AdamW8bit" not in plan("sft", *two, "--memory=1MiB")[1]
+    assert "fsdp2 over" not in plan("sft", eight, "--memory=1MiB")[1]
+
+
+def test_the_last_remedy_is_on_top_of_all_but_shards(plan):
+    rest = ["--model.policy.gradient_checkpointing=true", "--trainer.accumulate_grad_batches=16"]
+    rest.append("--model.policy.lora.r=16")
+    said = re.search(r"AdamW8bit.*?([\d.]+ [KM]iB)(?: fits)?$", plan("sft", "--memory=2MiB")[1], re.MULTILINE)[1]
+    changed = plan("sft", *rest, "--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.lr=0.1")[1]
+    assert re.search(r"peak ([\d.]+ [KM]iB)", changed)[1] == said
+
+
 def test_an_optimizer_without_state(plan):
     assert (
         row(plan("sft", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")[1], "optimizer state") is None
@@ -373,8 +389,8 @@ def test_what_cannot_lie_on_the_trunk_is_refused_by_the_plan_too(plan):
 
 def test_a_critic_that_is_trained_whole_is_not_counted_in_4_bits(plan, monkeypatch):
     changed = []
-    real = budget._in_four_bits
-    monkeypatch.setattr(budget, "_in_four_bits", lambda situation: changed.append(real(situation)) or changed[-1])
+    real = remedies._in_four_bits
+    monkeypatch.setattr(remedies, "_in_four_bits", lambda situation: changed.append(real(situation)) or changed[-1])
     plan("ppo", "--model.policy.lora.r=4", "--memory=1KiB")
     sources = {role.name: role.source for role in changed[0].trained}
     assert sources["policy"].quantization == "nf4"
