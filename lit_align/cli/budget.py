@@ -132,9 +132,8 @@ def _copies(situation: Situation, role: Role) -> dict[str, int]:
     weights = role.weights
     if not situation.sharded or situation.devices == 1:
         return {f"16-bit copies of the {role.name}'s matrices": 2 * weights.matrices if situation.mixed else 0}
-    root = weights.total_bytes - weights.layer_bytes * role.shape.layers
-    gathered = (root + 2 * weights.layer_bytes) * _narrow(situation, role)
-    return {f"gathered weights of the {role.name}": int(gathered)}
+    gathered = weights.total_bytes - weights.layers_bytes + min(2 * weights.layer_bytes, weights.layers_bytes)
+    return {f"gathered weights of the {role.name}": int(gathered * _narrow(situation, role))}
 
 
 def _narrow(situation: Situation, role: Role) -> float:
@@ -208,9 +207,9 @@ def sent_bytes(situation: Situation) -> dict[str, int]:
         return {"all-reduce of gradients": all_reduce_bytes(sum(w.trained_bytes for w in numbers), n)}
     gathered, reduced = 0.0, 0
     for role in situation.roles:
-        weights, layers = role.weights, role.weights.layer_bytes * role.shape.layers
+        weights = role.weights
         # Layers are gathered for the forward and once more for the backward pass, the rest stays.
-        gathered += (weights.total_bytes + layers * role.trained) * _narrow(situation, role)
+        gathered += (weights.total_bytes + weights.layers_bytes * role.trained) * _narrow(situation, role)
         reduced += weights.trained_bytes if role.trained else 0
     return {
         "all-gather of weights": situation.accumulate * all_gather_bytes(int(gathered), n),

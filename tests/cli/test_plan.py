@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from trunk import CRITIC_LORA, build, write_reward_adapter
 
 from lit_align.cli import remedies
-from lit_align.cli.budget import _head_copy, _scoring
+from lit_align.cli.budget import _copies, _head_copy, _scoring, sent_bytes
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout, roles_of
 from lit_align.cli.workload import _steps
@@ -145,6 +145,19 @@ def test_shards_on_several_devices(plan, parameters):
     assert 4 * parameters * 3 / 4 < gathered < 2 * 4 * parameters * 3 / 4
     whole = plan("sft", "--trainer.devices=4", "--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=2")[1]
     assert row(whole, "gradients") == close(4 * parameters)  # added up whole until the last micro-batch
+
+
+def test_what_is_gathered_where_layers_differ():
+    """8 of 20 bytes are three layers, 3 of them the largest."""
+    weights = SimpleNamespace(total_bytes=20, layer_bytes=3, layers_bytes=8, trained_bytes=20)
+    role = SimpleNamespace(name="policy", weights=weights, shape=SimpleNamespace(layers=3, element=4), trained=True)
+    made = SimpleNamespace(
+        stage="sft", devices=2, sharded=True, mixed=False, accumulate=1, roles=[role], trained=[role], lora=False
+    )
+    assert _copies(made, role) == {"gathered weights of the policy": 12 + 2 * 3}
+    assert sent_bytes(made)["all-gather of weights"] == (20 + 8) // 2
+    weights.layer_bytes = 7
+    assert _copies(made, role) == {"gathered weights of the policy": 20}  # never more than there is
 
 
 def test_sampling_and_scoring_gather_networks_whole(plan, parameters):
