@@ -206,11 +206,14 @@ def sent_bytes(situation: Situation) -> dict[str, int]:
     if not situation.sharded:
         return {"all-reduce of gradients": all_reduce_bytes(sum(w.trained_bytes for w in numbers), n)}
     gathered, reduced = 0.0, 0
-    for role in situation.roles:
+    # PPO's updates know from the rollout what frozen networks say.
+    for role in situation.trained if situation.stage == "ppo" else situation.roles:
         weights = role.weights
         # Layers are gathered for the forward and once more for the backward pass, the rest stays.
         gathered += (weights.total_bytes + weights.layers_bytes * role.trained) * _narrow(situation, role)
         reduced += weights.trained_bytes if role.trained else 0
+    if situation.own_reference:  # a pass of its own, after which nothing of the policy stays
+        gathered += situation.trained[0].weights.total_bytes * _narrow(situation, situation.trained[0])
     return {
         "all-gather of weights": situation.accumulate * all_gather_bytes(int(gathered), n),
         "reduce-scatter of gradients": all_gather_bytes(reduced, n),

@@ -25,13 +25,14 @@ from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.plan_text import head_lines, memory_lines, remedy_lines, sent_lines, time_lines, work_lines
 from lit_align.cli.plugins import import_classes
-from lit_align.cli.situation import Role, Situation, roles_of
+from lit_align.cli.situation import Role, Situation, asks_reference, holds_reference, roles_of
 from lit_align.cli.training import AlignCLI, ConfigError
 from lit_align.cli.workload import Data, seconds, step_flops
 from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
 from lit_align.models.quantization import refuse_shards
+from lit_align.stages import LitDPO
 from lit_align.stages.optim import check_takes_shards, takes_shards
 from lit_align.stages.precision import check_precision, precision_name
 from lit_align.stages.stage import Stage
@@ -166,6 +167,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         takes_shards=takes_shards(optimizer),
         rollout=sizes.rollout(devices),
         lora=roles[0].source.lora is not None,
+        own_reference=isinstance(stage, LitDPO) and asks_reference(stage) and not holds_reference(stage),
     ), sizes
 
 

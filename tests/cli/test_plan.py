@@ -152,12 +152,36 @@ def test_what_is_gathered_where_layers_differ():
     weights = SimpleNamespace(total_bytes=20, layer_bytes=3, layers_bytes=8, trained_bytes=20)
     role = SimpleNamespace(name="policy", weights=weights, shape=SimpleNamespace(layers=3, element=4), trained=True)
     made = SimpleNamespace(
-        stage="sft", devices=2, sharded=True, mixed=False, accumulate=1, roles=[role], trained=[role], lora=False
+        stage="sft",
+        devices=2,
+        sharded=True,
+        mixed=False,
+        accumulate=1,
+        roles=[role],
+        trained=[role],
+        own_reference=False,
     )
     assert _copies(made, role) == {"gathered weights of the policy": 12 + 2 * 3}
     assert sent_bytes(made)["all-gather of weights"] == (20 + 8) // 2
     weights.layer_bytes = 7
     assert _copies(made, role) == {"gathered weights of the policy": 20}  # never more than there is
+
+
+GATHERED = "sent for a step: all-gather of weights"
+
+
+def test_an_update_of_ppo_gathers_what_it_trains_alone(plan):
+    """What reference and reward model say is known from the rollout."""
+    options = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.estimator=RLOO")
+    assert row(plan("ppo", *options)[1], GATHERED) == row(plan("sft", *options[:2])[1], GATHERED)
+
+
+def test_a_reference_with_adapters_off_gathers_the_policy_once_more(plan):
+    options = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.policy.lora.r=4")
+    own, cached = plan("dpo", *options)[1], plan("dpo", *options, "--model.reference_cache=true")[1]
+    whole = sum(row(own, f"policy, {kind} weights") for kind in ("trained", "frozen"))  # half of it on each device
+    assert row(own, GATHERED) - row(cached, GATHERED) == pytest.approx(whole, rel=0.02)
+    assert row(cached, GATHERED) == row(plan("sft", *options)[1], GATHERED)
 
 
 def test_sampling_and_scoring_gather_networks_whole(plan, parameters):
