@@ -5,7 +5,6 @@ Networks are built on the meta device: configurations and the tokenizer are read
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
@@ -28,7 +27,7 @@ from lit_align.cli.plugins import import_classes
 from lit_align.cli.situation import Role, Situation, asks_reference, holds_reference, roles_of
 from lit_align.cli.training import AlignCLI, ConfigError
 from lit_align.cli.workload import Data, seconds, step_flops
-from lit_align.machine import Machine, this_machine
+from lit_align.machine import Machine, share_of_cores, this_machine, usable_memory
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
 from lit_align.models.quantization import refuse_shards
@@ -141,7 +140,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
     precision = precision_name(trainer.get("precision"))
     check_precision(precision)
     device = _device(trainer.get("accelerator"))
-    devices = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
+    devices = _ranks_of_a_host(trainer) * (trainer.get("num_nodes") or 1)
     accumulate = trainer.get("accumulate_grad_batches") or 1
     roles, sharded = roles_of(stage), _is_sharded(trainer.get("strategy"))
     if sharded and (packed := [role.name for role in roles if role.source.quantization]):
@@ -197,7 +196,9 @@ def _plan(cli: PlanCLI, options: Options) -> int:
     situation, data = situation_of(cli.stage, cli.data, cli.trainer_settings)
     budget, load = budget_of(situation), data.workload(cli.trainer_settings)
     precision = precision_name(cli.trainer_settings.get("precision"))
-    memory, machine = options.memory or _device_memory(situation), _machine(situation, precision, options)
+    ranks = _ranks_of_a_host(cli.trainer_settings)
+    memory = options.memory or _device_memory(situation, ranks)
+    machine = _machine(situation, precision, options, ranks)
     moved = sum(_moved(situation, role) for role in situation.trained)
     moved //= situation.devices if situation.sharded else 1
     found = None if machine is None else seconds(situation, cli.stage, data, load, machine, moved)
@@ -215,20 +216,25 @@ def _plan(cli: PlanCLI, options: Options) -> int:
     return 0 if fits else 1
 
 
-def _device_memory(situation: Situation) -> int | None:
+def _ranks_of_a_host(trainer: Namespace) -> int:
+    return device_count(trainer.get("devices"), trainer.get("accelerator"))
+
+
+def _device_memory(situation: Situation, ranks: int) -> int | None:
     if situation.device == "cpu":  # its ranks share the host's
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // situation.devices
+        return usable_memory() // ranks
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _machine(situation: Situation, precision: str, options: Options) -> Machine | None:
+def _machine(situation: Situation, precision: str, options: Options, ranks: int) -> Machine | None:
     if options.rate and options.bandwidth:
         return Machine(options.rate, options.bandwidth)
     if situation.device == "cuda" and not torch.cuda.is_available():
         return None
     dtype = compute_dtype(precision, situation.trained[0].model.parameters())
     here = this_machine(torch.device(situation.device), dtype)
-    return Machine(options.rate or here.flops_per_second, options.bandwidth or here.bytes_per_second)
+    share = share_of_cores(ranks) if situation.device == "cpu" else 1.0
+    return Machine(options.rate or share * here.flops_per_second, options.bandwidth or share * here.bytes_per_second)
 
 
 def _moved(situation: Situation, role: Role) -> int:

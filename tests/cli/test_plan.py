@@ -18,6 +18,7 @@ from lit_align.cli.budget import _copies, _head_copy, _scoring, sent_bytes
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout, roles_of
 from lit_align.cli.workload import _steps
+from lit_align.machine import Machine
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitPPO
 
@@ -333,6 +334,22 @@ def test_time_is_flops_by_the_rate(plan):
     assert float(floor) * 60 == pytest.approx(flops / 5e6, rel=0.01) and float(share) == pytest.approx(
         4 * float(floor), rel=0.01
     )
+
+
+def test_ranks_of_a_host_share_its_memory_and_cores(cli, repository, monkeypatch, tmp_path):
+    """Those of other hosts do not."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_align.cli.plan.usable_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr("lit_align.cli.plan.this_machine", lambda *_: Machine(8e9, 4e9))
+    monkeypatch.setattr("lit_align.cli.plan.share_of_cores", lambda ranks: 1 / ranks)
+    options = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.strategy=ddp")
+    status, out, err = cli("plan", "--config", "configs/sft.yaml", *options)
+    assert status == 0, err
+    assert "of the device's 4.00 GiB" in out
+    assert "(a device at best: 4 GFLOP/s, 2.0 GB/s;" in out
+    out = cli("plan", "--config", "configs/sft.yaml", *options, "--rate=5e9")[1]
+    assert "(a device at best: 5 GFLOP/s, 2.0 GB/s;" in out  # what is given is of one device
 
 
 def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
