@@ -5,6 +5,7 @@ Networks are built on the meta device: configurations and the tokenizer are read
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
@@ -19,7 +20,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_align.callbacks.figures import compute_dtype
 from lit_align.cli.budget import budget_of
-from lit_align.cli.data import device_count
+from lit_align.cli.data import accumulated, device_count, is_counted_here
 from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.plan_text import head_lines, memory_lines, remedy_lines, sent_lines, time_lines, work_lines
@@ -77,24 +78,33 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--memory", type=_bytes)
     parser.add_argument("--rate", type=_positive)
     parser.add_argument("--bandwidth", type=_positive)
-    parser.add_argument("--share", type=_positive, default=0.5)
+    parser.add_argument("--share", type=_share, default=0.5)
     return parser
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    if not match or match[2].lower() not in UNITS:
-        raise ArgumentTypeError(f"expected a size such as 80GiB or 24GB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS.get(match[2].lower(), 0)) if match else 0
+    if size <= 0:
+        raise ArgumentTypeError(f"expected a size such as 80GiB or 24GB, above 0, got {text!r}")
+    return size
 
 
 def _positive(text: str) -> float:
+    return _number(text, math.inf, "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, 1.0, "a share above 0 and at most 1")
+
+
+def _number(text: str, most: float, expected: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
-        raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 < value <= most:  # nor where it is no number
+        raise ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
 
 
@@ -141,7 +151,7 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
     check_precision(precision)
     device = _device(trainer.get("accelerator"))
     devices = _ranks_of_a_host(trainer) * (trainer.get("num_nodes") or 1)
-    accumulate = trainer.get("accumulate_grad_batches") or 1
+    accumulate = accumulated(trainer)
     roles, sharded = roles_of(stage), _is_sharded(trainer.get("strategy"))
     if sharded and (packed := [role.name for role in roles if role.source.quantization]):
         refuse_shards(packed[0])
@@ -203,7 +213,7 @@ def _plan(cli: PlanCLI, options: Options) -> int:
     moved //= situation.devices if situation.sharded else 1
     found = None if machine is None else seconds(situation, cli.stage, data, load, machine, moved)
     lines = [
-        *head_lines(situation, precision),
+        *head_lines(situation, precision, _is_guess(cli.trainer_settings, situation)),
         *memory_lines(budget, memory),
         *sent_lines(situation),
         *work_lines(load, step_flops(situation, cli.stage).of(load.work)),
@@ -218,6 +228,11 @@ def _plan(cli: PlanCLI, options: Options) -> int:
 
 def _ranks_of_a_host(trainer: Namespace) -> int:
     return device_count(trainer.get("devices"), trainer.get("accelerator"))
+
+
+def _is_guess(trainer: Namespace, situation: Situation) -> bool:
+    """Whether "all GPUs" are counted on a machine that has none."""
+    return situation.device == "cuda" and not torch.cuda.is_available() and is_counted_here(trainer.get("devices"))
 
 
 def _device_memory(situation: Situation, ranks: int) -> int | None:

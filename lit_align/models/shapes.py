@@ -92,7 +92,11 @@ def shape_of(model: nn.Module) -> Shape:
     inner: Any = base_model(model)
     config = inner.config.get_text_config()
     layers = _layers(inner, config.num_hidden_layers)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            f"{type(inner).__name__}: its configuration names no heads of attention, so its memory cannot be planned"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = list(_matrices(layers[0]))
     norms = [module for module in layers[0].modules() if _is_norm(module)]

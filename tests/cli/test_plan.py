@@ -365,7 +365,15 @@ def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
         ("--trainer.precision=bf16-true", "set the network's own dtype (policy.dtype: bfloat16)"),
         ("--trainer.strategy=deepspeed", "knows auto, ddp and fsdp2"),
         ("--memory=much", "expected a size such as 80GiB"),
+        ("--memory=1.2.3GiB", "expected a size such as 80GiB or 24GB, above 0, got '1.2.3GiB'"),
+        ("--memory=0", "expected a size such as 80GiB or 24GB, above 0, got '0'"),
         ("--rate=0", "expected a number above 0"),
+        ("--rate=nan", "expected a number above 0"),
+        ("--share=2", "expected a share above 0 and at most 1, got '2'"),
+        ("--share=0", "expected a share above 0 and at most 1, got '0'"),
+        ("--trainer.devices=0", "trainer.devices: expected at least 1, -1 or auto, got 0"),
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: expected at least 1, got 0"),
+        ("--data.train=null", "no training data; give data.train"),
         ("--model.policy.path=nowhere/at-all", "cannot read a configuration"),
         ("--model.polic=x", "polic"),
     ],
@@ -373,6 +381,18 @@ def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
 def test_a_wrong_configuration_is_one(plan, option, said):
     status, _, err = plan("sft", option)
     assert status == 2 and said in err
+
+
+def test_devices_that_cannot_be_counted_here_are_said_to_be_one(cli, repository, monkeypatch, tmp_path):
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ("--config", "configs/sft.yaml", "--config", "configs/trainer/fsdp.yaml")
+    said = "trainer.devices: auto was counted as 1 a host, for there is no GPU here"
+    status, out, err = cli("plan", *options)
+    assert status == 0, err
+    assert said in out
+    assert said not in cli("plan", *options, "--trainer.devices=2")[1]
 
 
 def test_nothing_is_written_but_the_cache(plan, repository):

@@ -95,6 +95,13 @@ def test_layers_of_several_sizes():
     assert weights.total_bytes - weights.layers_bytes == 4 * (2 * 64 * 32 + 32)
 
 
+def test_a_network_without_attention_cannot_be_planned():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="MambaForCausalLM: its configuration names no heads of attention"):
+        shape_of(model)
+
+
 def test_activations_of_smollm(tiny_model):
     shape = shape_of(smollm(tiny_model))
     h, a, k, i = 576, 576, 192, 1536
