@@ -63,7 +63,11 @@ def train_cost(data: AlignDataModule, *, world_size: int, micro_batches: int) ->
 
     Returns:
         None where the data is streamed, or not tokenised and too large (or too far away) to be so now.
+
+    Raises:
+        ValueError: There is no training data.
     """
+    data._needed("fit")  # refuses what a run would
     if data.streaming or not _is_cheap(data):
         return None
     opened = copy(data)

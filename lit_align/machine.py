@@ -1,4 +1,7 @@
-"""What this machine can do at best: how fast it multiplies matrices and moves memory, measured once and remembered."""
+"""What this machine can do at best: how fast it multiplies matrices and moves memory, measured once and remembered.
+
+And what of the host its processes may use: memory, cores.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +66,49 @@ def this_machine(device: torch.device, dtype: torch.dtype, folder: str | Path | 
         part.write_text(json.dumps(_read(path) | {key: asdict(machine)}, indent=2) + "\n", encoding="utf-8")
         part.replace(path)
     return machine
+
+
+def usable_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the host's memory that this process may take: all of it, or what a container or a job was given.
+
+    Args:
+        groups: Control groups of the process.
+        mount: Where their settings lie.
+    """
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_group_limits(groups, mount)])
+
+
+def _group_limits(groups: Path, mount: Path) -> Iterator[int]:
+    """Limits of the process's groups and of those around them; from the root alone where only that can be seen."""
+    lines = groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = mount / controllers  # version 2 has one tree, and no name for it
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        own = root / place.lstrip("/")
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):  # the root of a host has no such file, and "max" is no number
+                yield int((folder / name).read_text(encoding="utf-8"))
+            if folder == root:
+                break
+
+
+def share_of_cores(ranks: int) -> float:
+    """Share of what this process measures of a CPU that each of so many ranks on it has.
+
+    The launcher gives each its part of the threads, unless OMP_NUM_THREADS says how many each has: then they share
+    cores where there are fewer of these.
+    """
+    threads = torch.get_num_threads()
+    cores = _cores() if "OMP_NUM_THREADS" in os.environ else threads
+    return min(1.0, cores / (ranks * threads))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @torch.no_grad()

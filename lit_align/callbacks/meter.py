@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.batch import Work
@@ -25,6 +26,7 @@ from lit_align.callbacks.figures import (
 )
 from lit_align.machine import Machine, this_machine
 from lit_align.models.flops import Flops, state_bytes, update_bytes
+from lit_align.models.tokens import first_line
 
 
 class Meter(Callback):
@@ -76,8 +78,7 @@ class Meter(Callback):
         self._release()
         self.results, self._start, self._last, self._work = {}, None, {}, Work()
         self._steps, self._step, self._update_bytes = 0, trainer.global_step, None
-        cost = getattr(pl_module, "step_flops", None)
-        self._cost = None if cost is None else cost()
+        self._cost = _cost(pl_module)
         self._machine = None if self._cost is None else self._find_machine(trainer, pl_module)
         loop = trainer.fit_loop.epoch_loop
         clock = self._clock = Clock(lambda: _counters(pl_module), lambda: _wait_for(pl_module.device))
@@ -164,6 +165,16 @@ class Meter(Callback):
             logger.log_metrics({f"perf/{name}": value for name, value in found.items()}, step=self._step - 1)
         if "tokens_per_second" in found and trainer.progress_bar_callback is not None:
             trainer.progress_bar_metrics["tok/s"] = short(found["tokens_per_second"])  # type: ignore[assignment]
+
+
+def _cost(pl_module: LightningModule) -> Flops | None:
+    """What a step costs; None where the module does not say so, or cannot: a meter ends no run."""
+    step_flops = getattr(pl_module, "step_flops", None)
+    try:
+        return None if step_flops is None else step_flops()
+    except Exception as error:  # whatever a configuration of a new kind brings about
+        rank_zero_warn(f"model FLOPs are left out, as they cannot be told: {first_line(error)}")
+        return None
 
 
 def _counters(pl_module: LightningModule) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""From a situation to bytes: what each device holds at its peak, what it sends, and what would make it fit."""
+"""From a situation to bytes: what each device holds at its peak, and what it sends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,11 +18,8 @@ from lit_align.models.memory import (
     trunk_bytes,
 )
 from lit_align.models.projection import BLOCK, chunk_rows
-from lit_align.models.source import LoraSettings
 from lit_align.rollout.engines.decode import SLACK, Decode
 
-EIGHT_BIT = 2 + 2 * FLOAT / 256
-"""Bytes a weight of two moments in 8 bits, with a scale for each block of 256."""
 READ_EVERY = {"cpu": 1, "cuda": Decode.read_every}
 """Columns to spare in the cache of `Decode`, besides its `SLACK` where answers wait."""
 
@@ -135,9 +132,8 @@ def _copies(situation: Situation, role: Role) -> dict[str, int]:
     weights = role.weights
     if not situation.sharded or situation.devices == 1:
         return {f"16-bit copies of the {role.name}'s matrices": 2 * weights.matrices if situation.mixed else 0}
-    root = weights.total_bytes - weights.layer_bytes * role.shape.layers
-    gathered = (root + 2 * weights.layer_bytes) * _narrow(situation, role)
-    return {f"gathered weights of the {role.name}": int(gathered)}
+    gathered = weights.total_bytes - weights.layers_bytes + min(2 * weights.layer_bytes, weights.layers_bytes)
+    return {f"gathered weights of the {role.name}": int(gathered * _narrow(situation, role))}
 
 
 def _narrow(situation: Situation, role: Role) -> float:
@@ -210,79 +206,15 @@ def sent_bytes(situation: Situation) -> dict[str, int]:
     if not situation.sharded:
         return {"all-reduce of gradients": all_reduce_bytes(sum(w.trained_bytes for w in numbers), n)}
     gathered, reduced = 0.0, 0
-    for role in situation.roles:
-        weights, layers = role.weights, role.weights.layer_bytes * role.shape.layers
+    # PPO's updates know from the rollout what frozen networks say.
+    for role in situation.trained if situation.stage == "ppo" else situation.roles:
+        weights = role.weights
         # Layers are gathered for the forward and once more for the backward pass, the rest stays.
-        gathered += (weights.total_bytes + layers * role.trained) * _narrow(situation, role)
+        gathered += (weights.total_bytes + weights.layers_bytes * role.trained) * _narrow(situation, role)
         reduced += weights.trained_bytes if role.trained else 0
+    if situation.own_reference:  # a pass of its own, after which nothing of the policy stays
+        gathered += situation.trained[0].weights.total_bytes * _narrow(situation, situation.trained[0])
     return {
         "all-gather of weights": situation.accumulate * all_gather_bytes(int(gathered), n),
         "reduce-scatter of gradients": all_gather_bytes(reduced, n),
     }
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """An option that needs less memory: its name, what it would be alone, and with all before it."""
-
-    option: str
-    alone: Situation
-    together: Situation
-
-
-def remedies(situation: Situation, most: float) -> Iterator[Remedy]:
-    """Options that are still open, those first that cost least.
-
-    Args:
-        situation: As configured.
-        most: Bytes that a device may hold.
-    """
-    together = situation
-    for option, change in _changes(situation, most):
-        together = change(together)
-        yield Remedy(option, change(situation), together)
-
-
-def _changes(situation: Situation, most: float) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
-    main, shared = situation.trained[0], situation.sharded and situation.devices > 1
-    if not all(role.source.gradient_checkpointing for role in situation.trained):
-        name = " and ".join(f"{role.name}.gradient_checkpointing" for role in situation.trained)
-        yield f"{name}: true", lambda s: s.with_sources(lambda source: replace(source, gradient_checkpointing=True))
-    if situation.most > situation.accumulate:
-        yield f"accumulate_grad_batches: {situation.most}", lambda s: replace(s, accumulate=situation.most)
-    if main.source.lora is None:
-        yield f"{main.name}.lora: {{r: 16}}", _with_lora
-    elif main.source.quantization is None and main.source.path and not main.source.location[1] and not shared:
-        yield f"{main.name}.quantization: nf4", _in_four_bits
-    if situation.stage == "dpo" and any(role.name == "reference" for role in situation.roles):
-        yield "reference_cache: true", lambda s: replace(s, roles=tuple(r for r in s.roles if r.name != "reference"))
-    if not shared and not any(role.source.quantization for role in situation.roles):
-        number = situation.devices if situation.devices > 1 else _enough_devices(situation, most)
-        yield f"strategy: fsdp2 over {number} devices", lambda s: _in_shards(s, number)
-    if situation.state(torch.float32) > 2 * EIGHT_BIT:
-        yield "optimizer: bitsandbytes.optim.AdamW8bit", lambda s: replace(s, state=lambda dtype: EIGHT_BIT)
-
-
-def _in_four_bits(situation: Situation) -> Situation:
-    # What has no adapters is trained whole, and cannot be packed.
-    return situation.with_sources(lambda source: replace(source, quantization="nf4") if source.lora else source)
-
-
-def _in_shards(situation: Situation, number: int) -> Situation:
-    parts = situation.devices * situation.accumulate  # of a step, as before
-    situation = situation.with_sources(lambda source: replace(source, quantization=None))  # packed weights stay whole
-    return replace(situation, sharded=True, devices=number, accumulate=-(-parts // number))
-
-
-def _enough_devices(situation: Situation, most: float) -> int:
-    """The smallest of 2, 4, ... 64 on which it fits in shards; 64 if it fits on none."""
-    numbers = (2, 4, 8, 16, 32, 64)
-    return next((n for n in numbers if budget_of(_in_shards(situation, n)).peak <= most), numbers[-1])
-
-
-def _with_lora(situation: Situation) -> Situation:
-    own = situation.trained[0].source.frozen().to_dict()
-    changed = situation.with_sources(lambda source: replace(source, lora=source.lora or LoraSettings()))
-    # With adapters off the policy is its own reference.
-    roles = tuple(r for r in changed.roles if r.name != "reference" or r.source.to_dict() != own)
-    return replace(changed, roles=roles, lora=True)

@@ -96,7 +96,7 @@ class DataCLI(AlignCLI):
         """Ranks and micro-batches that would share a step, as the trainer's settings say."""
         trainer = self.command_config["trainer"]
         ranks = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
-        return {"world_size": ranks, "micro_batches": trainer.get("accumulate_grad_batches") or 1}
+        return {"world_size": ranks, "micro_batches": accumulated(trainer)}
 
 
 def _check(cli: DataCLI, options: Namespace) -> int:
@@ -151,12 +151,37 @@ def _method(data: LightningDataModule, name: str) -> Callable[..., Any]:
     return method
 
 
+def accumulated(trainer: jsonargparse.Namespace) -> int:
+    """Micro-batches of a step on each rank, as the trainer's settings say.
+
+    Raises:
+        ValueError: There would be none.
+    """
+    number = trainer.get("accumulate_grad_batches")
+    if number is not None and number < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches: expected at least 1, got {number}")
+    return number or 1
+
+
 def device_count(devices: Any, accelerator: str | None) -> int:
-    """How many devices of this machine Lightning would take; "auto" is counted here and now."""
-    here = 1 if accelerator == "cpu" else torch.cuda.device_count() or 1
+    """How many devices of this machine Lightning would take; "auto" is counted here and now.
+
+    Raises:
+        ValueError: It would take none.
+    """
+    if is_counted_here(devices):
+        return 1 if accelerator == "cpu" else torch.cuda.device_count() or 1
     if isinstance(devices, (list, tuple)):
-        return len(devices)
-    text = str(devices).strip()
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
-    return int(text) if text.isdigit() and int(text) > 0 else here
+        number = len(devices)
+    else:
+        text = str(devices).strip()
+        single = int(text) if text.isdigit() else 0
+        number = len([part for part in text.split(",") if part.strip()]) if "," in text else single
+    if number < 1:
+        raise ValueError(f"trainer.devices: expected at least 1, -1 or auto, got {devices}")
+    return number
+
+
+def is_counted_here(devices: Any) -> bool:
+    """Whether a setting means all devices of a machine, whatever their number is."""
+    return devices is None or str(devices).strip() in ("auto", "-1")

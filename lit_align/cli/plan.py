@@ -5,7 +5,7 @@ Networks are built on the meta device: configurations and the tokenizer are read
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import sys
 from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
@@ -20,18 +20,20 @@ from lightning.pytorch import LightningDataModule
 
 from lit_align.callbacks.figures import compute_dtype
 from lit_align.cli.budget import budget_of
-from lit_align.cli.data import device_count
+from lit_align.cli.data import accumulated, device_count, is_counted_here
 from lit_align.cli.errors import tell
 from lit_align.cli.handover import hand_over_tokenizer
 from lit_align.cli.plan_text import head_lines, memory_lines, remedy_lines, sent_lines, time_lines, work_lines
 from lit_align.cli.plugins import import_classes
-from lit_align.cli.situation import Role, Situation, roles_of
+from lit_align.cli.situation import Role, Situation, asks_reference, holds_reference, roles_of
 from lit_align.cli.training import AlignCLI, ConfigError
 from lit_align.cli.workload import Data, seconds, step_flops
-from lit_align.machine import Machine, this_machine
+from lit_align.machine import Machine, share_of_cores, this_machine, usable_memory
 from lit_align.models.flops import update_bytes
 from lit_align.models.memory import state_per_weight
 from lit_align.models.quantization import refuse_shards
+from lit_align.stages import LitDPO
+from lit_align.stages.optim import check_takes_shards, takes_shards
 from lit_align.stages.precision import check_precision, precision_name
 from lit_align.stages.stage import Stage
 
@@ -76,24 +78,33 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--memory", type=_bytes)
     parser.add_argument("--rate", type=_positive)
     parser.add_argument("--bandwidth", type=_positive)
-    parser.add_argument("--share", type=_positive, default=0.5)
+    parser.add_argument("--share", type=_share, default=0.5)
     return parser
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    if not match or match[2].lower() not in UNITS:
-        raise ArgumentTypeError(f"expected a size such as 80GiB or 24GB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS.get(match[2].lower(), 0)) if match else 0
+    if size <= 0:
+        raise ArgumentTypeError(f"expected a size such as 80GiB or 24GB, above 0, got {text!r}")
+    return size
 
 
 def _positive(text: str) -> float:
+    return _number(text, math.inf, "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, 1.0, "a share above 0 and at most 1")
+
+
+def _number(text: str, most: float, expected: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
-        raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 < value <= most:  # nor where it is no number
+        raise ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
 
 
@@ -139,13 +150,14 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
     precision = precision_name(trainer.get("precision"))
     check_precision(precision)
     device = _device(trainer.get("accelerator"))
-    devices = device_count(trainer.get("devices"), trainer.get("accelerator")) * (trainer.get("num_nodes") or 1)
-    accumulate = trainer.get("accumulate_grad_batches") or 1
+    devices = _ranks_of_a_host(trainer) * (trainer.get("num_nodes") or 1)
+    accumulate = accumulated(trainer)
     roles, sharded = roles_of(stage), _is_sharded(trainer.get("strategy"))
     if sharded and (packed := [role.name for role in roles if role.source.quantization]):
         refuse_shards(packed[0])
     sizes = Data(data, stage)
     optimizer = stage.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    check_takes_shards(optimizer, sharded)
     options = optimizer.defaults
     spare = device == "cuda" and "foreach" in options and not options.get("fused") and options["foreach"] is not False
     known = {dtype: state_per_weight(stage.optimizer, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -161,8 +173,10 @@ def situation_of(stage: Any, data: LightningDataModule, trainer: Namespace) -> t
         most=max(_examples(stage, sizes) // devices, 1),
         state=lambda dtype: known.get(dtype, known[torch.float32]),
         spare=bool(spare),
+        takes_shards=takes_shards(optimizer),
         rollout=sizes.rollout(devices),
         lora=roles[0].source.lora is not None,
+        own_reference=isinstance(stage, LitDPO) and asks_reference(stage) and not holds_reference(stage),
     ), sizes
 
 
@@ -192,12 +206,14 @@ def _plan(cli: PlanCLI, options: Options) -> int:
     situation, data = situation_of(cli.stage, cli.data, cli.trainer_settings)
     budget, load = budget_of(situation), data.workload(cli.trainer_settings)
     precision = precision_name(cli.trainer_settings.get("precision"))
-    memory, machine = options.memory or _device_memory(situation), _machine(situation, precision, options)
+    ranks = _ranks_of_a_host(cli.trainer_settings)
+    memory = options.memory or _device_memory(situation, ranks)
+    machine = _machine(situation, precision, options, ranks)
     moved = sum(_moved(situation, role) for role in situation.trained)
     moved //= situation.devices if situation.sharded else 1
     found = None if machine is None else seconds(situation, cli.stage, data, load, machine, moved)
     lines = [
-        *head_lines(situation, precision),
+        *head_lines(situation, precision, _is_guess(cli.trainer_settings, situation)),
         *memory_lines(budget, memory),
         *sent_lines(situation),
         *work_lines(load, step_flops(situation, cli.stage).of(load.work)),
@@ -210,20 +226,30 @@ def _plan(cli: PlanCLI, options: Options) -> int:
     return 0 if fits else 1
 
 
-def _device_memory(situation: Situation) -> int | None:
+def _ranks_of_a_host(trainer: Namespace) -> int:
+    return device_count(trainer.get("devices"), trainer.get("accelerator"))
+
+
+def _is_guess(trainer: Namespace, situation: Situation) -> bool:
+    """Whether "all GPUs" are counted on a machine that has none."""
+    return situation.device == "cuda" and not torch.cuda.is_available() and is_counted_here(trainer.get("devices"))
+
+
+def _device_memory(situation: Situation, ranks: int) -> int | None:
     if situation.device == "cpu":  # its ranks share the host's
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // situation.devices
+        return usable_memory() // ranks
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _machine(situation: Situation, precision: str, options: Options) -> Machine | None:
+def _machine(situation: Situation, precision: str, options: Options, ranks: int) -> Machine | None:
     if options.rate and options.bandwidth:
         return Machine(options.rate, options.bandwidth)
     if situation.device == "cuda" and not torch.cuda.is_available():
         return None
     dtype = compute_dtype(precision, situation.trained[0].model.parameters())
     here = this_machine(torch.device(situation.device), dtype)
-    return Machine(options.rate or here.flops_per_second, options.bandwidth or here.bytes_per_second)
+    share = share_of_cores(ranks) if situation.device == "cpu" else 1.0
+    return Machine(options.rate or share * here.flops_per_second, options.bandwidth or share * here.bytes_per_second)
 
 
 def _moved(situation: Situation, role: Role) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_align.cli.budget import Budget, budget_of, remedies, sent_bytes
+from lit_align.cli.budget import Budget, budget_of, sent_bytes
+from lit_align.cli.remedies import remedies
 from lit_align.cli.situation import Role, Situation
 from lit_align.cli.workload import Seconds, Workload
 from lit_align.machine import Machine
@@ -16,9 +17,11 @@ TIMES = {"days": 86400, "h": 3600, "min": 60}
 NO_MACHINE = "not known: the run's device is not in this machine; give --rate and --bandwidth"
 
 
-def head_lines(situation: Situation, precision: str) -> Iterator[str]:
-    """Devices, networks, the largest micro-batch."""
+def head_lines(situation: Situation, precision: str, guess: bool = False) -> Iterator[str]:
+    """Devices, networks, the largest micro-batch; `guess` = the number of devices could not be counted."""
     yield f"plan: {situation.stage} on {situation.devices} x {KINDS[situation.device]} ({_way(situation)}), {precision}"
+    if guess:
+        yield "  trainer.devices: auto was counted as 1 a host, for there is no GPU here; give the number of the run's"
     for role in situation.roles:
         yield f"  {role.name:<13} {_network(role)}"
     load = situation.largest()

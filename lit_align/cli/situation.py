@@ -117,8 +117,10 @@ class Situation:
         most: Largest useful `accumulate`: then each micro-batch is one example.
         state: Bytes of the optimizer's state for each weight, given the weights' data type.
         spare: Whether the optimizer makes a copy of all gradients while it works (a "foreach" one on a GPU).
+        takes_shards: Whether the optimizer works on sharded weights.
         rollout: Of PPO; None = there is none.
         lora: Whether the policy has adapters, so that it is its own reference.
+        own_reference: Whether each micro-batch asks the policy with its adapters off, as DPO does.
     """
 
     stage: str
@@ -132,8 +134,10 @@ class Situation:
     most: int
     state: Callable[[torch.dtype], float]
     spare: bool = False
+    takes_shards: bool = True
     rollout: Rollout | None = None
     lora: bool = False
+    own_reference: bool = False
 
     @property
     def trained(self) -> list[Role]:
@@ -181,6 +185,9 @@ def _scalar_role(stage: LitPPO, source: ModelSource, name: str, trained: bool) -
 
 def holds_reference(stage: LitDPO | LitPPO) -> bool:
     """Whether a reference network of its own lies in memory while the stage trains."""
-    if not stage.has_reference or getattr(stage, "cached", None) is not None:
-        return False
-    return stage.reference_source is not None or stage.policy_source.lora is None
+    return asks_reference(stage) and (stage.reference_source is not None or stage.policy_source.lora is None)
+
+
+def asks_reference(stage: LitDPO | LitPPO) -> bool:
+    """Whether a reference is asked while the stage trains: a network of its own, or the policy with adapters off."""
+    return stage.has_reference and getattr(stage, "cached", None) is None

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lit_align.batch import Work
-from lit_align.cli.situation import Load, Rollout, Situation
+from lit_align.cli.situation import Load, Rollout, Situation, asks_reference
 from lit_align.machine import Machine
 from lit_align.models.flops import Flops, forward_flops, training_flops
 from lit_align.models.memory import kv_bytes
@@ -155,8 +155,7 @@ def step_flops(situation: Situation, stage: Stage) -> Flops:
     """What a unit of an optimizer step's work costs, as `Stage.step_flops`, of networks that were not loaded."""
     head = "ends" if stage.name == "rm" else "scored"
     cost = sum((training_flops(role.model, head) for role in situation.trained), Flops())
-    cached = getattr(stage, "cached", None)
-    if isinstance(stage, LitDPO) and stage.has_reference and cached is None:
+    if isinstance(stage, LitDPO) and asks_reference(stage):
         own = [role.model for role in situation.roles if role.name == "reference"]
         cost += forward_flops(own[0] if own else situation.trained[0].model, adapters=bool(own))
     return cost

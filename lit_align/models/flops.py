@@ -109,10 +109,33 @@ def _size(module: nn.Module | None, weight: Tensor) -> int:
 
 
 def active_share(config: Any) -> float:
-    """Share of its experts that a token meets; 1 without experts."""
+    """Share of its experts that a token meets; 1 without experts.
+
+    Raises:
+        ValueError: The configuration does not say how many it meets.
+    """
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((number for name in names if (number := getattr(config, name, None))), None)
-    return 1.0 if experts is None else config.num_experts_per_tok / experts
+    return 1.0 if experts is None else active_experts(config) / experts
+
+
+def active_experts(config: Any) -> int:
+    """How many of its experts a token meets. Raises ValueError: the configuration does not say so."""
+    names = ("num_experts_per_tok", "top_k_experts")
+    number = next((number for name in names if (number := getattr(config, name, None))), None)
+    if not isinstance(number, int):  # some have one for each layer
+        raise ValueError(f"{config.model_type}: its configuration does not say how many experts a token meets")
+    return number
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer: the network's own, but where an architecture's layers differ."""
+    return list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+
+
+def head_width(config: Any) -> int:
+    """Width of one head of attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _scalar_weight(model: nn.Module) -> Tensor:
@@ -123,12 +146,19 @@ def _scalar_weight(model: nn.Module) -> Tensor:
 
 def _pair_flops(config: Any) -> float:
     """Scores and weighted sum of one (query, key) pair, over all heads of all layers with attention."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query = getattr(config, "qk_head_dim", None) or head_dim
-    value = getattr(config, "v_head_dim", None) or head_dim
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return 2.0 * layers * config.num_attention_heads * (query + value)
+    layers = layer_configs(config)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    attends = ("attention" in kind and "linear" not in kind for kind in kinds)
+    return sum(_layer_pair_flops(layer) for layer, does in zip(layers, attends, strict=False) if does)
+
+
+def _layer_pair_flops(config: Any) -> float:
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # its layers have no attention
+        return 0.0
+    query = getattr(config, "qk_head_dim", None) or head_width(config)
+    value = getattr(config, "v_head_dim", None) or head_width(config)
+    return 2.0 * heads * (query + value)
 
 
 def update_bytes(parameters: Iterable[Tensor], state_bytes: int | None = None) -> int:

@@ -29,13 +29,15 @@ def meta_network(source: ModelSource, kind: str, name: str = "model") -> nn.Modu
     """
     source.validate(name)
     config = _config(source, name)
+    # A model's own code runs where that was asked for, and else nobody is asked again.
+    options = {"dtype": source.torch_dtype, "trust_remote_code": source.trust_remote_code}
     with torch.device("meta"), quiet_loading():
         if kind == "scalar":
             config.num_labels = 1
-            model = AutoModelForSequenceClassification.from_config(config, dtype=source.torch_dtype)
+            model = AutoModelForSequenceClassification.from_config(config, **options)
             install_head(model, fresh=True)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=source.torch_dtype)
+            model = AutoModelForCausalLM.from_config(config, **options)
         if source.quantization:
             quantize_shapes(model, source.quantization)
         return prepare(model, source, kind)

@@ -64,7 +64,8 @@ class Weights:
         trained_bytes: Their bytes.
         frozen_bytes: Bytes of all others.
         matrices: Numbers in the matrices of the layers: what autocast copies. Quantised ones are not among them.
-        layer_bytes: Bytes of one layer.
+        layer_bytes: Bytes of the largest layer.
+        layers_bytes: Bytes of all layers.
         table: Numbers of the trained embedding table; 0 = it is frozen.
         head: Numbers of the trained vocabulary projection; 0 = it is frozen, or there is none.
         packed: Numbers of the largest quantised matrix, which is turned back while it computes; 0 = there is none.
@@ -75,6 +76,7 @@ class Weights:
     frozen_bytes: int
     matrices: int
     layer_bytes: int
+    layers_bytes: int
     table: int
     head: int
     packed: int
@@ -90,7 +92,11 @@ def shape_of(model: nn.Module) -> Shape:
     inner: Any = base_model(model)
     config = inner.config.get_text_config()
     layers = _layers(inner, config.num_hidden_layers)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            f"{type(inner).__name__}: its configuration names no heads of attention, so its memory cannot be planned"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = list(_matrices(layers[0]))
     norms = [module for module in layers[0].modules() if _is_norm(module)]
@@ -125,13 +131,15 @@ def weights_of(model: nn.Module) -> Weights:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     trained_bytes = sum(map(_bytes, trained))
+    sizes = [sum(map(_bytes, layer.parameters())) for layer in layers]
     table, output = inner.get_input_embeddings().weight, inner.get_output_embeddings()
     return Weights(
         trained=sum(p.numel() for p in trained),
         trained_bytes=trained_bytes,
         frozen_bytes=sum(map(_bytes, parameters)) - trained_bytes,
         matrices=sum(w.numel() for layer in layers for _, w in _matrices(layer) if w.is_floating_point()),
-        layer_bytes=sum(map(_bytes, layers[0].parameters())),
+        layer_bytes=max(sizes),
+        layers_bytes=sum(sizes),
         table=table.numel() if table.requires_grad else 0,
         head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
         packed=max((m.in_features * m.out_features for _, m in quantized_layers(inner)), default=0),

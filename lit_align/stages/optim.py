@@ -18,14 +18,24 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, str]:
     return settings
 
 
-def check_takes_shards(optimizer: Optimizer) -> None:
+def takes_shards(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can work on sharded weights: bitsandbytes' kernels take whole tensors alone."""
+    return not type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def check_takes_shards(optimizer: Optimizer, sharded: bool | None = None) -> None:
     """Refuses an optimizer that cannot work on sharded weights.
 
+    Args:
+        optimizer: As built.
+        sharded: Whether its weights will be sharded; None = as they are.
+
     Raises:
-        ValueError: It is one of bitsandbytes', whose kernels take whole tensors alone.
+        ValueError: It is one of bitsandbytes', and they are.
     """
-    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
+    if sharded is None:
+        sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if sharded and not takes_shards(optimizer):
         raise ValueError(
             f"optimizer: bitsandbytes' {type(optimizer).__name__} cannot work on sharded weights (strategy fsdp2); use "
             "torch.optim.AdamW, whose states are sharded too, or one device or strategy ddp"

@@ -1,6 +1,7 @@
 """The machine's floor: measured once, remembered, and without a trace in what a run draws."""
 
 import json
+import os
 import time
 
 import pytest
@@ -75,3 +76,44 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(monkeypatch, tmp_p
 def test_a_gpu_is_measured_with_events():
     found = measure(torch.device("cuda"), torch.bfloat16)
     assert 1e12 < found.flops_per_second < 1e16 and 1e10 < found.bytes_per_second < 1e14
+
+
+@pytest.mark.parametrize(
+    "own, limits, allowed",
+    [
+        ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "5000", "memory.max": "7000"}, 5000),
+        ("0::/job\n", {"job/memory.max": "max"}, None),
+        ("0::/not/mounted\n", {"memory.max": "6000"}, 6000),  # a container sees its own group as the root
+        ("4:cpu:/\n3:memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": "4000"}, 4000),
+        ("3:memory:/docker/1\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_hosts_memory_is_what_a_container_or_a_job_may_take(own, limits, allowed, tmp_path):
+    groups, mount = tmp_path / "cgroup", tmp_path / "sys"
+    if own is not None:
+        groups.write_text(own)
+    for name, limit in limits.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(limit + "\n")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.usable_memory(groups, mount) == (allowed or physical)
+
+
+@pytest.mark.parametrize(
+    "given, threads, cores, ranks, share",
+    [
+        (False, 8, 16, 1, 1.0),
+        (False, 8, 16, 2, 0.5),  # each rank gets its part of the threads
+        (True, 1, 2, 2, 1.0),
+        (True, 8, 16, 2, 1.0),
+        (True, 8, 16, 4, 0.5),
+    ],
+)
+def test_ranks_of_one_cpu_share_its_cores(given, threads, cores, ranks, share, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine, "_cores", lambda: cores)
+    assert machine.share_of_cores(ranks) == share

@@ -306,6 +306,19 @@ def test_rates_that_are_not_given_are_measured(run, monkeypatch):
     )
 
 
+def test_a_cost_that_cannot_be_told_ends_no_run(run, monkeypatch):
+    def unknown(self):
+        raise RuntimeError("a network of\na new kind")
+
+    monkeypatch.setattr(Steps, "step_flops", unknown)
+    meter = Meter()
+    with pytest.warns(UserWarning, match="model FLOPs are left out, as they cannot be told: a network of$"):
+        trainer, _, _ = run(meter)
+    assert trainer.global_step == 8
+    assert meter.results["perf/tokens_per_second"] == pytest.approx(18 / 1.5)
+    assert not {"perf/model_flops_per_second", "perf/share_of_floor"} & set(meter.results)
+
+
 def test_one_short_figure_in_the_progress_bar(run):
     class Bar(TQDMProgressBar):
         shown = ()

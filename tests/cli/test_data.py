@@ -170,6 +170,12 @@ def test_ranks_are_counted_as_the_trainer_would(devices, accelerator, count):
     assert device_count(devices, accelerator) == count
 
 
+@pytest.mark.parametrize("devices", [0, "0", [], -2, "two"])
+def test_no_devices_are_refused_as_the_trainer_would(devices):
+    with pytest.raises(ValueError, match=r"trainer\.devices: expected at least 1, -1 or auto, got"):
+        device_count(devices, "cpu")
+
+
 def test_all_devices_of_the_machine_are_at_least_one(monkeypatch):
     for here, count in ((0, 1), (4, 4)):
         monkeypatch.setattr("torch.cuda.device_count", lambda here=here: here)

@@ -13,11 +13,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from trunk import CRITIC_LORA, build, write_reward_adapter
 
-from lit_align.cli import budget
-from lit_align.cli.budget import _head_copy, _scoring
+from lit_align.cli import remedies
+from lit_align.cli.budget import _copies, _head_copy, _scoring, sent_bytes
 from lit_align.cli.plan_text import size_text, time_text
 from lit_align.cli.situation import Rollout, roles_of
 from lit_align.cli.workload import _steps
+from lit_align.machine import Machine
 from lit_align.models.source import ModelSource
 from lit_align.stages import LitPPO
 
@@ -147,6 +148,43 @@ def test_shards_on_several_devices(plan, parameters):
     assert row(whole, "gradients") == close(4 * parameters)  # added up whole until the last micro-batch
 
 
+def test_what_is_gathered_where_layers_differ():
+    """8 of 20 bytes are three layers, 3 of them the largest."""
+    weights = SimpleNamespace(total_bytes=20, layer_bytes=3, layers_bytes=8, trained_bytes=20)
+    role = SimpleNamespace(name="policy", weights=weights, shape=SimpleNamespace(layers=3, element=4), trained=True)
+    made = SimpleNamespace(
+        stage="sft",
+        devices=2,
+        sharded=True,
+        mixed=False,
+        accumulate=1,
+        roles=[role],
+        trained=[role],
+        own_reference=False,
+    )
+    assert _copies(made, role) == {"gathered weights of the policy": 12 + 2 * 3}
+    assert sent_bytes(made)["all-gather of weights"] == (20 + 8) // 2
+    weights.layer_bytes = 7
+    assert _copies(made, role) == {"gathered weights of the policy": 20}  # never more than there is
+
+
+GATHERED = "sent for a step: all-gather of weights"
+
+
+def test_an_update_of_ppo_gathers_what_it_trains_alone(plan):
+    """What reference and reward model say is known from the rollout."""
+    options = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.estimator=RLOO")
+    assert row(plan("ppo", *options)[1], GATHERED) == row(plan("sft", *options[:2])[1], GATHERED)
+
+
+def test_a_reference_with_adapters_off_gathers_the_policy_once_more(plan):
+    options = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.policy.lora.r=4")
+    own, cached = plan("dpo", *options)[1], plan("dpo", *options, "--model.reference_cache=true")[1]
+    whole = sum(row(own, f"policy, {kind} weights") for kind in ("trained", "frozen"))  # half of it on each device
+    assert row(own, GATHERED) - row(cached, GATHERED) == pytest.approx(whole, rel=0.02)
+    assert row(cached, GATHERED) == row(plan("sft", *options)[1], GATHERED)
+
+
 def test_sampling_and_scoring_gather_networks_whole(plan, parameters):
     options = ["--trainer.devices=4", "--trainer.strategy=fsdp2"]
     out, mixed = plan("ppo", *options)[1], plan("ppo", *options, "--trainer.precision=bf16-mixed")[1]
@@ -193,6 +231,22 @@ def test_a_quantised_base_is_not_planned_in_shards(plan):
     assert status == 1 and "quantization" not in out and "fsdp2 over" not in out
     status, out, err = plan("sft", "--model.policy.lora.r=4", "--memory=1MiB")
     assert "policy.quantization: nf4" in out
+
+
+def test_an_optimizer_that_takes_no_shards_is_not_planned_in_them(plan):
+    two, eight = ["--trainer.devices=2", "--trainer.strategy=fsdp2"], "--model.optimizer=bitsandbytes.optim.AdamW8bit"
+    status, _, err = plan("sft", *two, eight)
+    assert status == 2 and "AdamW8bit cannot work on sharded weights" in err
+    assert "AdamW8bit" not in plan("sft", *two, "--memory=1MiB")[1]
+    assert "fsdp2 over" not in plan("sft", eight, "--memory=1MiB")[1]
+
+
+def test_the_last_remedy_is_on_top_of_all_but_shards(plan):
+    rest = ["--model.policy.gradient_checkpointing=true", "--trainer.accumulate_grad_batches=16"]
+    rest.append("--model.policy.lora.r=16")
+    said = re.search(r"AdamW8bit.*?([\d.]+ [KM]iB)(?: fits)?$", plan("sft", "--memory=2MiB")[1], re.MULTILINE)[1]
+    changed = plan("sft", *rest, "--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.lr=0.1")[1]
+    assert re.search(r"peak ([\d.]+ [KM]iB)", changed)[1] == said
 
 
 def test_an_optimizer_without_state(plan):
@@ -282,6 +336,22 @@ def test_time_is_flops_by_the_rate(plan):
     )
 
 
+def test_ranks_of_a_host_share_its_memory_and_cores(cli, repository, monkeypatch, tmp_path):
+    """Those of other hosts do not."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_align.cli.plan.usable_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr("lit_align.cli.plan.this_machine", lambda *_: Machine(8e9, 4e9))
+    monkeypatch.setattr("lit_align.cli.plan.share_of_cores", lambda ranks: 1 / ranks)
+    options = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.strategy=ddp")
+    status, out, err = cli("plan", "--config", "configs/sft.yaml", *options)
+    assert status == 0, err
+    assert "of the device's 4.00 GiB" in out
+    assert "(a device at best: 4 GFLOP/s, 2.0 GB/s;" in out
+    out = cli("plan", "--config", "configs/sft.yaml", *options, "--rate=5e9")[1]
+    assert "(a device at best: 5 GFLOP/s, 2.0 GB/s;" in out  # what is given is of one device
+
+
 def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status, out, err = cli("plan", "--config", "configs/sft.yaml", "--trainer.accelerator=gpu", "--trainer.devices=2")
@@ -295,7 +365,15 @@ def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
         ("--trainer.precision=bf16-true", "set the network's own dtype (policy.dtype: bfloat16)"),
         ("--trainer.strategy=deepspeed", "knows auto, ddp and fsdp2"),
         ("--memory=much", "expected a size such as 80GiB"),
+        ("--memory=1.2.3GiB", "expected a size such as 80GiB or 24GB, above 0, got '1.2.3GiB'"),
+        ("--memory=0", "expected a size such as 80GiB or 24GB, above 0, got '0'"),
         ("--rate=0", "expected a number above 0"),
+        ("--rate=nan", "expected a number above 0"),
+        ("--share=2", "expected a share above 0 and at most 1, got '2'"),
+        ("--share=0", "expected a share above 0 and at most 1, got '0'"),
+        ("--trainer.devices=0", "trainer.devices: expected at least 1, -1 or auto, got 0"),
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: expected at least 1, got 0"),
+        ("--data.train=null", "no training data; give data.train"),
         ("--model.policy.path=nowhere/at-all", "cannot read a configuration"),
         ("--model.polic=x", "polic"),
     ],
@@ -303,6 +381,18 @@ def test_another_machine_is_not_guessed(plan, cli, monkeypatch):
 def test_a_wrong_configuration_is_one(plan, option, said):
     status, _, err = plan("sft", option)
     assert status == 2 and said in err
+
+
+def test_devices_that_cannot_be_counted_here_are_said_to_be_one(cli, repository, monkeypatch, tmp_path):
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ("--config", "configs/sft.yaml", "--config", "configs/trainer/fsdp.yaml")
+    said = "trainer.devices: auto was counted as 1 a host, for there is no GPU here"
+    status, out, err = cli("plan", *options)
+    assert status == 0, err
+    assert said in out
+    assert said not in cli("plan", *options, "--trainer.devices=2")[1]
 
 
 def test_nothing_is_written_but_the_cache(plan, repository):
@@ -373,8 +463,8 @@ def test_what_cannot_lie_on_the_trunk_is_refused_by_the_plan_too(plan):
 
 def test_a_critic_that_is_trained_whole_is_not_counted_in_4_bits(plan, monkeypatch):
     changed = []
-    real = budget._in_four_bits
-    monkeypatch.setattr(budget, "_in_four_bits", lambda situation: changed.append(real(situation)) or changed[-1])
+    real = remedies._in_four_bits
+    monkeypatch.setattr(remedies, "_in_four_bits", lambda situation: changed.append(real(situation)) or changed[-1])
     plan("ppo", "--model.policy.lora.r=4", "--memory=1KiB")
     sources = {role.name: role.source for role in changed[0].trained}
     assert sources["policy"].quantization == "nf4"

@@ -1,13 +1,16 @@
 """Model FLOPs against closed forms, published figures and what torch counts."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -19,7 +22,7 @@ from lit_align.batch.work import Work
 from lit_align.models import scalar_at_ends, token_logps, token_loss
 from lit_align.models.adapters import add_adapters
 from lit_align.models.attention import PACKED
-from lit_align.models.flops import Flops, forward_flops, state_bytes, training_flops, update_bytes
+from lit_align.models.flops import Flops, active_share, forward_flops, state_bytes, training_flops, update_bytes
 from lit_align.models.scalar import install_head
 from lit_align.models.source import LoraSettings
 from lit_align.models.span_sdpa import span_sdpa
@@ -147,6 +150,48 @@ def test_torch_counts_the_same_in_full_training():
     assert batch.work.attended == pytest.approx(
         rectangles(batch) - sum((s.stop - s.start) ** 2 / 2 for s in batch.varlen.spans)
     )
+
+
+GEMMA4 = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "sliding_window": 64, "vocab_size": 100,
+    "vocab_size_per_layer_input": 100, "pad_token_id": 0, "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size_per_layer_input": 4},
+        {"hidden_size_per_layer_input": 4, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        {"hidden_size_per_layer_input": 0} | GEMMA4_EXPERTS,
+    ],
+    ids=["dense", "shared keys", "experts"],
+)
+def test_torch_counts_the_same_where_layers_differ(options):
+    """Gemma 4's full layers have wider heads; with experts each token meets some beside the dense part."""
+    config = Gemma4TextConfig(**GEMMA4 | options)
+    config._experts_implementation = "eager"
+    model, batch = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED), pairs()
+    cost = training_flops(model)
+    assert cost.pair == 3 * 2 * 2 * 4 * sum(16 if kind == "full_attention" else 8 for kind in config.layer_types)
+    matrices, attention = counted(lambda: token_logps(model, batch).sum().backward())
+    assert matrices == without_attention(cost).of(batch.work)
+    assert attention == cost.pair * rectangles(batch)
+
+
+def test_a_network_without_attention_has_no_pairs():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2))
+    cost = forward_flops(model)
+    assert cost.pair == 0 and cost.token > 0
+
+
+def test_an_unknown_number_of_experts_is_no_guess():
+    with pytest.raises(ValueError, match=r"some_moe: .* how many experts a token meets"):
+        active_share(SimpleNamespace(model_type="some_moe", num_experts=8))
 
 
 def test_torch_counts_the_same_without_gradient():

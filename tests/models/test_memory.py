@@ -3,7 +3,7 @@
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, Qwen3Config
 
 from lit_align.batch import Branch, Example, StepTotals, pack
 from lit_align.models.forward import hidden_states
@@ -81,6 +81,25 @@ def test_a_scalar_model_has_no_vocabulary_and_a_head_in_float32(tiny_model):
     weights, shape = weights_of(model), shape_of(model)
     assert shape.vocabulary == 0 and weights.head == 0 and weights.table == 49152 * 576
     assert weights.trained_bytes == 2 * 134_515_008 + 4 * 576
+
+
+def test_layers_of_several_sizes():
+    """The first layer has no experts here: what is gathered at a time is the largest, what is sent are all."""
+    options = SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
+    with torch.device("meta"):
+        weights = weights_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **options)))
+    attention = 2 * 32 * 48 + 2 * 32 * 24 + 2 * 32 + 2 * 12
+    dense, experts = attention + 3 * 32 * 56, attention + 4 * 32 + 4 * 3 * 32 * 24
+    assert weights.layer_bytes == 4 * experts
+    assert weights.layers_bytes == 4 * (dense + 2 * experts)
+    assert weights.total_bytes - weights.layers_bytes == 4 * (2 * 64 * 32 + 32)
+
+
+def test_a_network_without_attention_cannot_be_planned():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="MambaForCausalLM: its configuration names no heads of attention"):
+        shape_of(model)
 
 
 def test_activations_of_smollm(tiny_model):

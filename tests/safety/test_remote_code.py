@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from datamodules.tokenizer import load_tokenizer as data_tokenizer
 from lit_align.models.checkpoint import checkpoint_entry, read_checkpoint, rebuild, restore_tokenizer
 from lit_align.models.export import export
 from lit_align.models.load import load_causal_lm, load_scalar_model
+from lit_align.models.meta import meta_network
 from lit_align.models.source import ModelSource
 from lit_align.models.tokens import load_tokenizer
 
@@ -73,6 +75,15 @@ def test_a_model_s_code_is_not_run(load, model_with_code, tiny_model, mark):
 def test_a_model_s_code_is_run_where_that_was_asked_for(model_with_code, tiny_model, mark):
     source = ModelSource(path=str(model_with_code), tokenizer=str(tiny_model), trust_remote_code=True)
     assert type(load_causal_lm(source)).__name__ == "EvilModel" and mark.exists()
+
+
+def test_a_plan_runs_a_model_s_code_where_that_was_asked_for_alone(model_with_code, tiny_model, mark, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
+    source = ModelSource(path=str(model_with_code), tokenizer=str(tiny_model))
+    with pytest.raises(ValueError, match=r"model\.path: cannot read a configuration of .*"):
+        meta_network(source, "causal")
+    assert not mark.exists()
+    assert type(meta_network(replace(source, trust_remote_code=True), "causal")).__name__ == "EvilModel"
 
 
 def test_a_tokenizer_s_code_is_not_run(tokenizer_with_code, mark):
