@@ -27,7 +27,7 @@ def export(
 
     Args:
         checkpoint: A .ckpt file, a run folder (its newest checkpoint), or a .gguf file (it is dequantised).
-        out: The folder to write.
+        out: The folder to write; one that holds an exported model and nothing else is replaced.
         role: Which network of the checkpoint: policy, reward_model or critic; by default the one that the stage trains.
         merge_lora: Fold adapters into their base; false writes the adapter alone.
         trust_remote_code: Run Python code that comes with the model, if it was trained with such code. Read it first.
@@ -52,10 +52,12 @@ def export(
 
 def _export_gguf(file: Path, out: Path) -> None:
     from lit_align.models.export import export_module
+    from lit_align.models.folder import place_for
     from lit_align.models.load import load_causal_lm
     from lit_align.models.source import ModelSource
     from lit_align.models.tokens import load_tokenizer
 
+    place_for(out)
     source = ModelSource(path=str(file))
     export_module(load_causal_lm(source), load_tokenizer(source), out)
 
