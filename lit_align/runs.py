@@ -42,6 +42,18 @@ def choose_run_dir(root: str | Path, name: str) -> Path:
     raise AssertionError("count() does not end")
 
 
+def job_run(root: str | Path, name: str) -> Path | None:
+    """The folder of this job's id if an earlier start of the job has left a checkpoint there; None if not.
+
+    A checkpoint and not a folder, since another rank may have made that a moment ago; no rank has begun to train.
+    """
+    job = _job_id()
+    if job is None or (_rank() > 0 and VARIABLE in os.environ):  # the second: see `choose_run_dir`
+        return None
+    folder = Path(root) / name / job
+    return folder if any(folder.glob(f"{CHECKPOINTS}/*.ckpt")) else None
+
+
 def given_run_dir(folder: str | Path) -> Path:
     """The folder that the user named, made if it is not there."""
     return _announced(Path(folder))

@@ -30,7 +30,7 @@ def check_checkpoint(path: str | None) -> None:
         raise ValueError(f"ckpt_path: {path} is no checkpoint, or was cut; --ckpt_path last takes the newest whole one")
 
 
-def check_new(run_dir: str) -> None:
+def check_new(run_dir: str | Path) -> None:
     """Refuses to mix a new run with one that the folder holds.
 
     Raises:
@@ -42,11 +42,11 @@ def check_new(run_dir: str) -> None:
         )
 
 
-def find(run_dir: str | None, root: str, stage: str, trainer: Any) -> tuple[str, str] | None:
+def find(run_dir: str | Path | None, root: str, stage: str, trainer: Any) -> tuple[str, str] | None:
     """The run to go on with and its newest whole checkpoint; None = a new run begins.
 
     Args:
-        run_dir: The folder that the user named; None = the stage's newest run, if it has not finished.
+        run_dir: The folder that the user or the job's id named; None = the stage's newest run, if it has not finished.
         root: Where runs are.
         stage: Short name of the stage.
         trainer: The trainer's settings.
