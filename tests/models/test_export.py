@@ -281,6 +281,8 @@ def test_a_start_from_scratch_is_rebuilt_from_its_checkpoint_without_drawing_any
     rebuilt = rebuild(*checkpoint, "policy")
     assert torch.equal(torch.get_rng_state(), generator)
     torch.testing.assert_close(outputs(rebuilt), outputs(model), rtol=0, atol=0)
+    held = {value.data_ptr() for value in checkpoint[1].values()}
+    assert all(p.data_ptr() in held for p in rebuilt.parameters()), "no second copy"
     tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, rebuilt)]
     assert tied == [config["model_type"] == "gpt2"] * 2
 
