@@ -43,11 +43,18 @@ def export(
         whole_run = checkpoint.is_dir() and (checkpoint / runs.CHECKPOINTS).is_dir()
         found = runs.last_checkpoint(checkpoint) if whole_run else checkpoint
         if not runs.is_whole(found):
-            raise ValueError(
-                f"checkpoint: {found} is no checkpoint, or was cut; a run folder gives its newest whole one"
-            )
+            raise ValueError(f"checkpoint: {found} is no checkpoint, or was cut; {_instead(found)}")
         export_checkpoint(str(found), str(out), role, merge_lora, trust_remote_code, for_trunk)
     print(f"wrote {out}")
+
+
+def _instead(path: Path) -> str:
+    """What the user may have meant: the checkpoint of a run in or around the path."""
+    runs_inside = sorted(folder.parent for folder in path.glob(f"*/{runs.CHECKPOINTS}"))
+    for run_dir in (path / runs.LATEST, path.parent, path.parent.parent, *reversed(runs_inside)):
+        if (found := runs.newest_checkpoint(run_dir)) is not None:
+            return f"give the run folder {run_dir}, or one of its checkpoints: {found}"
+    return "a run folder gives its newest whole one"
 
 
 def _export_gguf(file: Path, out: Path) -> None:

@@ -196,6 +196,17 @@ def test_half_of_a_removed_folder_is_not_taken_for_a_checkpoint(tmp_path, monkey
         runs.last_checkpoint(tmp_path)
 
 
+def test_what_a_kill_left_of_a_removal_goes_with_the_next_one(tmp_path, monkeypatch):
+    for n in (1, 2, 3):
+        _write_folder(tmp_path / f"step{n:06d}.ckpt", n)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        WholeCheckpointIO().remove_checkpoint(tmp_path / "step000001.ckpt")
+    assert len(list(tmp_path.iterdir())) == 3
+    WholeCheckpointIO().remove_checkpoint(tmp_path / "step000002.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step000003.ckpt"]
+
+
 def test_a_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path):
     path = tmp_path / "a.ckpt"
     WholeCheckpointIO().save_checkpoint({"n": 0}, path)
