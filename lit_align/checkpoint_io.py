@@ -15,6 +15,9 @@ from lit_align.models.unpickling import nothing_executed
 from lit_align.runs import PART
 from lit_align.sharded_checkpoint import META, read_whole
 
+GONE = f".gone{PART}"
+"""Ending of a folder that is being removed."""
+
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the final name, and moves the file there once it is on the disk.
@@ -68,9 +71,10 @@ def _to_cpu(storage: Any, location: str) -> Any:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a checkpoint that is a folder."""
-    gone = path.with_name(f"{path.name}.gone{PART}")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Removes a checkpoint that is a folder, and what a kill left of others that were being removed."""
+    for left in path.parent.glob(f"*{GONE}"):
+        shutil.rmtree(left, ignore_errors=True)
+    gone = path.with_name(f"{path.name}{GONE}")
     path.rename(gone)
     shutil.rmtree(gone)
 

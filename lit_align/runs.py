@@ -42,6 +42,18 @@ def choose_run_dir(root: str | Path, name: str) -> Path:
     raise AssertionError("count() does not end")
 
 
+def job_run(root: str | Path, name: str) -> Path | None:
+    """The folder of this job's id if an earlier start of the job has left a checkpoint there; None if not.
+
+    A checkpoint and not a folder, since another rank may have made that a moment ago; no rank has begun to train.
+    """
+    job = _job_id()
+    if job is None or (_rank() > 0 and VARIABLE in os.environ):  # the second: see `choose_run_dir`
+        return None
+    folder = Path(root) / name / job
+    return folder if any(folder.glob(f"{CHECKPOINTS}/*.ckpt")) else None
+
+
 def given_run_dir(folder: str | Path) -> Path:
     """The folder that the user named, made if it is not there."""
     return _announced(Path(folder))
@@ -99,12 +111,34 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     folder = run_dir / CHECKPOINTS
     paths = [path for path in (*folder.glob("*.ckpt"), *folder.glob(f"*.ckpt{PART}")) if not path.is_symlink()]
     paths.sort(key=_age, reverse=True)
-    whole = next((path for path in paths if is_whole(path)), None)
-    for path in paths[: paths.index(whole) if whole else len(paths)]:
+    faults = {}
+    for path in paths:
+        if (fault := _fault(path)) is None:
+            break
+        faults[path] = fault
+    found = next((path for path in paths if path not in faults), None)
+    for path, fault in faults.items():
         if _rank() == 0:
-            instead = f"going on from {whole.name}" if whole else "there is no older one"
-            print(f"{path}: this checkpoint was not written to its end; {instead}", file=sys.stderr)
-    return whole
+            instead = f"going on from {found.name}" if found else "there is no older one"
+            print(f"{path}: this checkpoint {fault}; {instead}", file=sys.stderr)
+    return found
+
+
+def _fault(path: Path) -> str | None:
+    """Why no run can go on from there; None if one can."""
+    if not is_whole(path):
+        return "was not written to its end"
+    return "holds weights alone, without the optimizer's state" if _is_weights_alone(path) else None
+
+
+def _is_weights_alone(path: Path) -> bool:
+    """Whether a user's `ModelCheckpoint(save_weights_only=True)` wrote it; only its entries' names are looked for."""
+    try:
+        with zipfile.ZipFile(path if path.is_file() else path / "meta.pt") as archive:
+            listed = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    except zipfile.BadZipFile:
+        return False  # whoever reads it says what is wrong
+    return any(b"pytorch-lightning_version" in names and b"optimizer_states" not in names for names in listed)
 
 
 def _age(path: Path) -> tuple[int, int]:
@@ -119,7 +153,23 @@ def is_whole(path: Path) -> bool:
         # A checkpoint is a zip archive, whose list of contents stands at its end.
         return path.suffix != PART and zipfile.is_zipfile(path)
     # A sharded checkpoint is a folder; these two files are written last, and then it gets its name.
-    return path.suffix != PART and all((path / name).is_file() for name in (".metadata", "meta.pt"))
+    written = path.suffix != PART and all((path / name).is_file() for name in (".metadata", "meta.pt"))
+    return written and not _absent_shards(path)
+
+
+def _absent_shards(folder: Path) -> list[str]:
+    """Files that a sharded checkpoint names and that are not there, or cut: lost when the folder was copied."""
+    from lit_align.sharded_metadata import read_list  # torch, which takes its time
+
+    try:
+        places = (read_list(folder).storage_data or {}).values()
+    except ValueError:
+        return []  # whoever reads it says what is wrong
+    ends: dict[str, int] = {}
+    for place in places:
+        ends[place.relative_path] = max(place.offset + place.length, ends.get(place.relative_path, 0))
+    there = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return [name for name, end in ends.items() if there.get(name, -1) < end]
 
 
 def _announced(folder: Path) -> Path:

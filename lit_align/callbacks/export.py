@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_align.callbacks.hosts import failing_together
 from lit_align.models.checkpoint import whole_copy
+from lit_align.models.folder import place_for
 from lit_align.models.sharding import is_sharded
 from lit_align.runs import EXPORT
 
@@ -24,17 +26,32 @@ class ExportHF(Callback):
         super().__init__()
         self.merge_lora = merge_lora
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a folder that could not be replaced at the end, before anything is trained."""
+        if _main_network(pl_module) is None or trainer.fast_dev_run:
+            return
+        with failing_together(trainer):
+            if trainer.is_global_zero:
+                place_for(_folder(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the folder."""
-        role = next(iter(getattr(pl_module, "trained", ())), None)
+        """Writes the folder; if that fails, all ranks do."""
+        role = _main_network(pl_module)
         if role is None or trainer.fast_dev_run:
             return
         from lit_align.models.export import export_module
 
-        module = getattr(pl_module, role)
-        if sharded := is_sharded(module):  # all ranks give their parts
-            module = whole_copy(*pl_module.roles()[role])
-        if trainer.is_global_zero:
-            export_module(module, pl_module.tokenizer, Path(trainer.default_root_dir) / EXPORT, self.merge_lora)
-        if sharded:
-            trainer.strategy.barrier()
+        with failing_together(trainer):
+            module = getattr(pl_module, role)
+            if is_sharded(module):  # all ranks give their parts
+                module = whole_copy(*pl_module.roles()[role])
+            if trainer.is_global_zero:
+                export_module(module, pl_module.tokenizer, _folder(trainer), self.merge_lora)
+
+
+def _main_network(pl_module: LightningModule) -> str | None:
+    return next(iter(getattr(pl_module, "trained", ())), None)
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / EXPORT

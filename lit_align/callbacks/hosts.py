@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,27 @@ class OneRun(Callback):
         if fault is not None:
             raise ValueError(f"run_dir: rank 0 cannot write into {mark.parent}: {fault}")
         return mark
+
+
+@contextmanager
+def failing_together(trainer: Trainer) -> Iterator[None]:
+    """What goes wrong inside on rank 0 is raised on every rank: raised there alone, it would leave the others waiting.
+
+    All ranks wait at its end for rank 0.
+
+    Raises:
+        ValueError: On the other ranks, with rank 0's message.
+    """
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    told = trainer.strategy.broadcast(None if fault is None else f"{type(fault).__name__}: {fault}")
+    if fault is not None:
+        raise fault
+    if told is not None:
+        raise ValueError(f"rank 0 has failed: {told}")
 
 
 def _same_checkpoint(ranks: list[tuple[str, str]]) -> None:

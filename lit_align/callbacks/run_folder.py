@@ -115,7 +115,9 @@ def _write_report(trainer: Trainer) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = path.with_name(path.name + runs.PART)  # half a file would be taken for the end of the run
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def versions() -> dict[str, str]:

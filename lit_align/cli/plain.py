@@ -27,7 +27,7 @@ def export(
 
     Args:
         checkpoint: A .ckpt file, a run folder (its newest checkpoint), or a .gguf file (it is dequantised).
-        out: The folder to write.
+        out: The folder to write; one that holds an exported model and nothing else is replaced.
         role: Which network of the checkpoint: policy, reward_model or critic; by default the one that the stage trains.
         merge_lora: Fold adapters into their base; false writes the adapter alone.
         trust_remote_code: Run Python code that comes with the model, if it was trained with such code. Read it first.
@@ -43,19 +43,28 @@ def export(
         whole_run = checkpoint.is_dir() and (checkpoint / runs.CHECKPOINTS).is_dir()
         found = runs.last_checkpoint(checkpoint) if whole_run else checkpoint
         if not runs.is_whole(found):
-            raise ValueError(
-                f"checkpoint: {found} is no checkpoint, or was cut; a run folder gives its newest whole one"
-            )
+            raise ValueError(f"checkpoint: {found} is no checkpoint, or was cut; {_instead(found)}")
         export_checkpoint(str(found), str(out), role, merge_lora, trust_remote_code, for_trunk)
     print(f"wrote {out}")
 
 
+def _instead(path: Path) -> str:
+    """What the user may have meant: the checkpoint of a run in or around the path."""
+    runs_inside = sorted(folder.parent for folder in path.glob(f"*/{runs.CHECKPOINTS}"))
+    for run_dir in (path / runs.LATEST, path.parent, path.parent.parent, *reversed(runs_inside)):
+        if (found := runs.newest_checkpoint(run_dir)) is not None:
+            return f"give the run folder {run_dir}, or one of its checkpoints: {found}"
+    return "a run folder gives its newest whole one"
+
+
 def _export_gguf(file: Path, out: Path) -> None:
     from lit_align.models.export import export_module
+    from lit_align.models.folder import place_for
     from lit_align.models.load import load_causal_lm
     from lit_align.models.source import ModelSource
     from lit_align.models.tokens import load_tokenizer
 
+    place_for(out)
     source = ModelSource(path=str(file))
     export_module(load_causal_lm(source), load_tokenizer(source), out)
 

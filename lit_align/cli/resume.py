@@ -9,7 +9,7 @@ from typing import Any
 from lit_align import runs
 
 BY_LIGHTNING = ("last", "best", "hpc", "registry")
-"""Beginnings of `ckpt_path` that are no path of a file."""
+"""Values of `ckpt_path` that are no path of a file; the last one may go on after a colon."""
 
 
 class FinishedError(Exception):
@@ -22,7 +22,7 @@ def check_checkpoint(path: str | None) -> None:
     Raises:
         ValueError: Says what is there instead.
     """
-    if path is None or path.startswith(BY_LIGHTNING) or "://" in path:
+    if path is None or path in BY_LIGHTNING or path.startswith("registry:") or "://" in path:
         return
     if not Path(path).exists():
         raise ValueError(f"ckpt_path: there is no {path}; expected a .ckpt file, or last")
@@ -30,7 +30,7 @@ def check_checkpoint(path: str | None) -> None:
         raise ValueError(f"ckpt_path: {path} is no checkpoint, or was cut; --ckpt_path last takes the newest whole one")
 
 
-def check_new(run_dir: str) -> None:
+def check_new(run_dir: str | Path) -> None:
     """Refuses to mix a new run with one that the folder holds.
 
     Raises:
@@ -42,11 +42,11 @@ def check_new(run_dir: str) -> None:
         )
 
 
-def find(run_dir: str | None, root: str, stage: str, trainer: Any) -> tuple[str, str] | None:
+def find(run_dir: str | Path | None, root: str, stage: str, trainer: Any) -> tuple[str, str] | None:
     """The run to go on with and its newest whole checkpoint; None = a new run begins.
 
     Args:
-        run_dir: The folder that the user named; None = the stage's newest run, if it has not finished.
+        run_dir: The folder that the user or the job's id named; None = the stage's newest run, if it has not finished.
         root: Where runs are.
         stage: Short name of the stage.
         trainer: The trainer's settings.
@@ -58,15 +58,23 @@ def find(run_dir: str | None, root: str, stage: str, trainer: Any) -> tuple[str,
     found = runs.newest_checkpoint(folder) if folder is not None else None
     if folder is None or found is None:
         return None
-    results = folder / "results.json"
-    if results.is_file():
+    if (done := _results(folder)) is not None:
         if run_dir is None:
             print(f"{folder} has finished: a new run begins")
             return None
-        done = json.loads(results.read_text(encoding="utf-8"))
-        if _reached(trainer.get("max_steps"), done["steps"]) or _reached(trainer.get("max_epochs"), done["epochs"]):
-            raise FinishedError(f"{folder} has finished ({done['steps']} optimizer steps): there is nothing to do")
+        steps, epochs = done
+        if _reached(trainer.get("max_steps"), steps) or _reached(trainer.get("max_epochs"), epochs):
+            raise FinishedError(f"{folder} has finished ({steps} optimizer steps): there is nothing to do")
     return str(folder), str(found)
+
+
+def _results(folder: Path) -> tuple[int, int] | None:
+    """Steps and epochs of a run that has finished; None if it has not, or left half a file (a full disk, a kill)."""
+    try:
+        done = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return int(done["steps"]), int(done["epochs"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _reached(limit: int | None, done: int) -> bool:

@@ -190,6 +190,7 @@ class AlignCLI(LightningCLI):
             config["ckpt_path"] = str(runs.last_checkpoint(Path(given)))
         check_checkpoint(config.get("ckpt_path"))
         if self.subcommand == "fit" and config.get("ckpt_path") is None:
+            given = given or runs.job_run(root, stage)
             if config.get("resume"):
                 if found := find(given, root, stage, config["trainer"]):
                     given, config["ckpt_path"] = found

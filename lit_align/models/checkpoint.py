@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from lit_align.models.adapters import plain_name
 from lit_align.models.fingerprint import base_fingerprint
 from lit_align.models.load import load_causal_lm, load_scalar_model, prepare
-from lit_align.models.modes import dropout_settings, has_adapters
+from lit_align.models.modes import base_model, dropout_settings, has_adapters
 from lit_align.models.scalar import HEAD, install_head
 from lit_align.models.source import ModelSource
 from lit_align.models.unpickling import nothing_executed
@@ -96,8 +96,10 @@ def whole_copy(source: ModelSource, model: nn.Module) -> PreTrainedModel | PeftM
         whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time
         if first:
             state[f"copy.{name}"] = whole.detach().cpu().clone()
-    described = describe(source, model)
-    return rebuild({"roles": {"copy": described}, "fingerprints": {}}, state, "copy") if first else None
+    if not first:
+        return None
+    entry = {"roles": {"copy": describe(source, model)}, "fingerprints": {}}
+    return rebuild(entry, state, "copy", source.trust_remote_code)  # code that the user trusted, and that runs already
 
 
 def rebuild(
@@ -129,17 +131,19 @@ def rebuild(
             f"{role}: it was trained with Python code that comes with {source.path!r}, and building it runs that code; "
             "pass trust_remote_code=true if you have read it"
         )
-    if source.lora is None or any(plain_name(key) for key in own):
+    if whole := source.lora is None or any(plain_name(key) for key in own):
         model = _build(described, source)
     else:
         model = {"causal": load_causal_lm, "scalar": load_scalar_model}[described["kind"]](source, role)
         own = _with_base(model, own, entry["fingerprints"].get(f"{role}.base"), role)
-    missing, unexpected = model.load_state_dict(own, strict=False)
+    # All of its weights take the place of what was made for them and never written to: no second copy in memory.
+    missing, unexpected = model.load_state_dict(own, strict=False, assign=whole)
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint does not fit its own description of {role!r}: {len(missing)} weights missing "
             f"({', '.join(missing[:3])}), {len(unexpected)} left over ({', '.join(unexpected[:3])})"
         )
+    base_model(model).tie_weights()
     return model
 
 

@@ -16,10 +16,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from lit_align.models.adapters import ADAPTER_CONFIG, merged_state
 from lit_align.models.checkpoint import AUTO, is_scalar, plain_config, read_checkpoint, rebuild, restore_tokenizer
-from lit_align.models.folder import whole_folder
+from lit_align.models.folder import place_for, whole_folder
 from lit_align.models.modes import evaluating, has_adapters
 from lit_align.models.quantization import adopt, quantization_of, quantizing_options
 from lit_align.models.quiet import quiet_loading
+from lit_align.models.source import ModelSource
 from lit_align.models.tokens import end_of_turn_id, separate_pad_token
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def export(
 
     Args:
         checkpoint: The .ckpt file.
-        out: The folder to write; a model that is there already is replaced.
+        out: The folder to write; a model that an export wrote there is replaced, see `place_for`.
         role: Which network: policy, reward_model or critic. By default the one that the stage trains: the policy, or
             else the reward model.
         merge_lora: Fold adapters into their base; otherwise write the adapter alone, beside the tokenizer.
@@ -54,9 +55,13 @@ def export(
             would read a score at the wrong token, because the base pads with one that ends texts.
 
     Raises:
-        ValueError: When the checkpoint cannot be read, or the folder does not give the checkpoint's outputs.
+        ValueError: When the checkpoint cannot be read, something at `out` has to stay, or the folder does not give the
+            checkpoint's outputs.
     """
+    place_for(out)  # before anything is read
     entry, state = read_checkpoint(checkpoint)
+    sources = [ModelSource.from_dict(described["source"]) for described in entry["roles"].values()]
+    place_for(out, [source.location[0] or "" for source in sources if source.lora is not None])
     role = role or ("policy" if "policy" in entry["roles"] else next(iter(entry["roles"])))
     model = rebuild(entry, state, role, trust_remote_code)
     export_module(model, restore_tokenizer(entry), out, merge_lora, for_trunk)
@@ -77,13 +82,13 @@ def export_module(
     Args:
         module: The model, with adapters or without.
         tokenizer: As used in training, with its chat template.
-        out: The folder; a model that is there already is replaced once the new one has been verified.
+        out: The folder; an exported model that is there already is replaced once the new one has been verified.
         merge_lora: Fold adapters into their base; otherwise write the adapter alone, which needs its base to load.
         for_trunk: See `export`.
 
     Raises:
-        ValueError: When the folder does not give the model's outputs, or an adapter's base has no place of its own, or
-            there is no adapter for a trunk.
+        ValueError: When the folder does not give the model's outputs, or something at `out` has to stay, or an
+            adapter's base has no place of its own, or there is no adapter for a trunk.
     """
     if for_trunk and not has_adapters(module):
         raise ValueError(
@@ -92,7 +97,8 @@ def export_module(
     tokenizer = deepcopy(tokenizer)
     if is_scalar(module):
         separate_pad_token(tokenizer)
-    with whole_folder(Path(out)) as folder:
+    bases = [str(module.get_base_model().name_or_path)] if has_adapters(module) else []
+    with whole_folder(Path(out), bases) as folder:
         if has_adapters(module) and (for_trunk or not merge_lora):
             _write_adapter(module, tokenizer, folder, for_trunk)
         else:

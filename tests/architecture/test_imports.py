@@ -18,7 +18,7 @@ INNER = {
     "lit_align.models": ("lit_align.batch", "lit_align.sharded_checkpoint"),
     "lit_align.rollout": ("lit_align.batch", "lit_align.losses", "lit_align.models"),
     "lit_align.stages": ("lit_align.batch", "lit_align.losses", "lit_align.models", "lit_align.rollout"),
-    "lit_align.runs": (),
+    "lit_align.runs": ("lit_align.sharded_metadata",),
     "lit_align.sharded_checkpoint": ("lit_align.sharded_metadata",),
     "lit_align.sharded_metadata": (),
     "lit_align.pipeline": ("lit_align.runs",),

@@ -43,6 +43,18 @@ def test_ranks_of_a_job_share_the_folder_of_its_id(tmp_path, monkeypatch):
     assert found == [tmp_path / "sft" / "job7"] * 2
 
 
+def test_a_job_s_earlier_start_is_one_that_left_a_checkpoint(tmp_path, monkeypatch):
+    assert runs.job_run(tmp_path, "sft") is None, "no job"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    folder = runs.choose_run_dir(tmp_path, "sft")
+    assert runs.job_run(tmp_path, "sft") is None, "the folder of another rank of this start"
+    _checkpoint(folder, "step000001.ckpt", 0)
+    assert runs.job_run(tmp_path, "sft") == folder
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runs.job_run(tmp_path, "sft") is None, "started by a process whose folder it is told"
+
+
 def test_a_rank_that_knows_nothing_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -10,6 +10,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_align.cli.training as training
+from lit_align import runs
+from lit_align.callbacks import run_folder
+from lit_align.cli.resume import check_checkpoint
 from lit_align.cli.training import AlignCLI
 
 
@@ -53,6 +56,55 @@ def test_every_run_without_run_dir_gets_a_new_folder_and_latest_points_at_the_ne
     folders = sorted(path.name for path in Path("runs/toy").iterdir() if not path.is_symlink())
     assert len(folders) == 2
     assert Path("runs/toy/latest").resolve().name == folders[-1]
+
+
+def test_a_job_that_starts_again_goes_on_if_it_was_asked_to_and_is_refused_if_not(cli, config, monkeypatch):
+    job, other = Path("runs/toy/7.0"), Path("runs/toy/other")
+    monkeypatch.setattr(runs, "_job_id", lambda: job.name)
+    assert cli("fit", "--config", config())[0] == 0
+    assert cli("fit", "--config", config(), "--run_dir", other)[0] == 0  # the newest of the stage
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    status, _, err = cli("fit", "--config", config())
+    assert status == 2 and "holds a run (step000004.ckpt); go on with it (--resume true)" in " ".join(err.split())
+    status, out, _ = cli("fit", "--config", config(), "--resume=true")
+    assert status == 0 and f"{job} has finished (4 optimizer steps): there is nothing to do" in out
+    assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+    assert cli("fit", "--config", config(), "--resume=true", "--trainer.max_epochs=3")[0] == 0
+    assert json.loads((job / "results.json").read_text())["steps"] == 6
+    assert json.loads((other / "results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("text", ['{"steps": 4, "epo', '{"metrics": {}}', "[]"])
+def test_half_of_a_results_file_is_none(cli, config, text):
+    assert cli("fit", "--config", config(), "--run_dir", "r")[0] == 0
+    Path("r/results.json").write_text(text)
+    assert cli("fit", "--config", config(), "--run_dir", "r", "--resume=true", "--trainer.max_epochs=3")[0] == 0
+    assert json.loads(Path("r/results.json").read_text())["steps"] == 6
+
+
+def test_a_kill_while_results_are_written_leaves_no_half_of_them(tmp_path, monkeypatch):
+    path, whole = tmp_path / "results.json", Path.write_text
+    run_folder._write_json(path, {"steps": 1})
+
+    def half(self, text, **kwargs):
+        whole(self, text[: len(text) // 2], **kwargs)
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "write_text", half)
+        run_folder._write_json(path, {"steps": 2})
+    assert json.loads(path.read_text()) == {"steps": 1}
+    run_folder._write_json(path, {"steps": 3})
+    assert json.loads(path.read_text()) == {"steps": 3} and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["bestmodel.ckpt", "last-epoch.ckpt", "hpc", "registry:some/model", "registry"])
+def test_a_file_whose_name_begins_like_a_word_of_lightning_is_checked(name, tmp_path):
+    if not name.endswith(".ckpt"):
+        check_checkpoint(name)
+        return
+    with pytest.raises(ValueError, match=f"ckpt_path: there is no {name}"):
+        check_checkpoint(name)
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_stopped(cli, config):

@@ -146,6 +146,19 @@ def test_an_adapter_may_stay_an_adapter(
     torch.testing.assert_close(outputs(load(ModelSource(path="hf"))), outputs(model), **CLOSE)
 
 
+@pytest.mark.parametrize("merge_lora", [False, True])
+def test_the_base_of_adapters_is_not_replaced_by_them(merge_lora: bool, tiny_model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    source = ModelSource(path=str(base), lora=LoraSettings(r=4))
+    model = trained(load_causal_lm(source))
+    checkpoint = save(tmp_path / "last.ckpt", "sft", "policy", source, model, only_trained=True)
+    with pytest.raises(ValueError, match="base is where the base of the adapters is read from"):
+        export(checkpoint, str(base), merge_lora=merge_lora)
+    with pytest.raises(ValueError, match="base is where the base of the adapters is read from"):
+        export_module(model, load_tokenizer(source), base, merge_lora=merge_lora)
+    assert (base / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+
+
 def test_an_adapter_whose_base_has_no_place_must_be_folded_in(tiny_model: Path, tmp_path: Path) -> None:
     source = ModelSource(config=CONFIGS[0], tokenizer=str(tiny_model), lora=LoraSettings(r=4))
     with pytest.raises(ValueError, match=r"base is not a folder .*merge_lora=true"):
@@ -268,6 +281,8 @@ def test_a_start_from_scratch_is_rebuilt_from_its_checkpoint_without_drawing_any
     rebuilt = rebuild(*checkpoint, "policy")
     assert torch.equal(torch.get_rng_state(), generator)
     torch.testing.assert_close(outputs(rebuilt), outputs(model), rtol=0, atol=0)
+    held = {value.data_ptr() for value in checkpoint[1].values()}
+    assert all(p.data_ptr() in held for p in rebuilt.parameters()), "no second copy"
     tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, rebuilt)]
     assert tied == [config["model_type"] == "gpt2"] * 2
 
@@ -366,6 +381,6 @@ def test_an_export_replaces_a_model_but_nothing_else(tiny_model: Path, tmp_path:
     torch.testing.assert_close(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")), outputs(model), **CLOSE)
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "today.txt").write_text("dear diary")
-    with pytest.raises(ValueError, match="exists and is no model folder"):
+    with pytest.raises(ValueError, match=r"diary holds today\.txt, and an export replaces only a folder with"):
         export_module(model, tokenizer, tmp_path / "diary")
     assert (tmp_path / "diary" / "today.txt").exists()

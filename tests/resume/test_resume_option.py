@@ -1,5 +1,7 @@
 """`--resume true`: begins, goes on, leaves what is over; what has changed is refused with the difference named."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -39,6 +41,16 @@ def steps(tmp_path):
 def test_the_same_command_begins_a_run_and_goes_on_with_it(fit, tmp_path):
     assert fit("--trainer.max_steps=2")[0] == 0 and steps(tmp_path) == 2
     assert fit("--trainer.max_steps=3")[0] == 0 and steps(tmp_path) == 3
+
+
+def test_a_user_s_own_weights_do_not_stand_in_the_way(fit, tmp_path):
+    own = {"filename": "w-{step}", "save_weights_only": True, "every_n_train_steps": 1, "save_top_k": -1}
+    callback = [f"--trainer.callbacks={json.dumps([{'class_path': 'ModelCheckpoint', 'init_args': own}])}"]
+    assert fit("--trainer.max_steps=2", *callback)[0] == 0
+    (tmp_path / "run/checkpoints/w-step=2.ckpt").rename(tmp_path / "run/checkpoints/w-step=9.ckpt")
+    status, err = fit("--trainer.max_steps=3", *callback)
+    assert status == 0 and steps(tmp_path) == 3
+    assert "w-step=9.ckpt: this checkpoint holds weights alone" in err and "going on from step000002.ckpt" in err
 
 
 def contents(folder):

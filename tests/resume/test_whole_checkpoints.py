@@ -62,6 +62,49 @@ def test_a_checkpoint_that_was_cut_is_passed_over_with_a_line(share, tmp_path, c
     assert f"{cut}: this checkpoint was not written to its end; going on from a.ckpt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keep", [None, 100])
+def test_a_sharded_checkpoint_without_one_of_its_files_is_passed_over(keep, tmp_path, capsys):
+    """Lost, or cut, on the way from one disk to another."""
+    for n in (1, 2):
+        _write_folder(tmp_path / "checkpoints" / f"step{n:06d}.ckpt", n)
+    newest = runs.last_checkpoint(tmp_path)
+    (shard,) = newest.glob("*.distcp")
+    content = shard.read_bytes()
+    shard.unlink()
+    if keep is not None:
+        shard.write_bytes(content[:keep])
+    assert not runs.is_whole(newest)
+    assert runs.last_checkpoint(tmp_path).name == "step000001.ckpt"
+    assert "step000002.ckpt: this checkpoint was not written to its end" in capsys.readouterr().err
+
+
+LIGHTNING_S = {"state_dict": {}, "pytorch-lightning_version": "2.6", "global_step": 2}
+
+
+def _write_shards_of(path, content):
+    folder = WholeFolder(path)
+    folder.begin()
+    folder.finish(write_shards(folder.part, content, []))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path, content: WholeCheckpointIO().save_checkpoint(content, path), _write_shards_of]
+)
+def test_weights_alone_are_passed_over_whatever_their_name(write, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    write(folder / "step000001.ckpt", LIGHTNING_S | {"optimizer_states": []})
+    for name in ("step000002.ckpt", "epoch=1-step=2.ckpt"):
+        write(folder / name, LIGHTNING_S)
+    assert runs.is_whole(folder / "step000002.ckpt")
+    assert runs.last_checkpoint(tmp_path).name == "step000001.ckpt"
+    told = (
+        "step=2.ckpt: this checkpoint holds weights alone, without the optimizer's state; going on from step000001.ckpt"
+    )
+    assert told in capsys.readouterr().err
+    write(folder / "epoch=2-step=3.ckpt", LIGHTNING_S | {"optimizer_states": []})
+    assert runs.last_checkpoint(tmp_path).name == "epoch=2-step=3.ckpt", "a user's own may be the newest"
+
+
 def test_nothing_but_cut_checkpoints_is_an_error(tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -151,6 +194,17 @@ def test_half_of_a_removed_folder_is_not_taken_for_a_checkpoint(tmp_path, monkey
     WholeCheckpointIO().remove_checkpoint(path)
     with pytest.raises(ValueError, match=r"holds no whole \*.ckpt"):
         runs.last_checkpoint(tmp_path)
+
+
+def test_what_a_kill_left_of_a_removal_goes_with_the_next_one(tmp_path, monkeypatch):
+    for n in (1, 2, 3):
+        _write_folder(tmp_path / f"step{n:06d}.ckpt", n)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        WholeCheckpointIO().remove_checkpoint(tmp_path / "step000001.ckpt")
+    assert len(list(tmp_path.iterdir())) == 3
+    WholeCheckpointIO().remove_checkpoint(tmp_path / "step000002.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step000003.ckpt"]
 
 
 def test_a_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path):

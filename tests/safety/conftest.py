@@ -1,10 +1,12 @@
 """Traps: what leaves a mark if it is executed."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_align.__main__ import main
@@ -44,6 +46,15 @@ def _careless(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("evil", None)
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 
 
 @pytest.fixture

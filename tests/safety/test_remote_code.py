@@ -9,7 +9,7 @@ import torch
 
 from datamodules import SFTDataModule
 from datamodules.tokenizer import load_tokenizer as data_tokenizer
-from lit_align.models.checkpoint import checkpoint_entry, read_checkpoint, rebuild, restore_tokenizer
+from lit_align.models.checkpoint import checkpoint_entry, read_checkpoint, rebuild, restore_tokenizer, whole_copy
 from lit_align.models.export import export
 from lit_align.models.load import load_causal_lm, load_scalar_model
 from lit_align.models.meta import meta_network
@@ -148,6 +148,14 @@ def test_a_checkpoint_cannot_trust_code_in_its_user_s_name(checkpoint, model_wit
     assert not mark.exists() and not (tmp_path / "out").exists()
     assert type(rebuild(*read_checkpoint(path), "policy", trust_remote_code=True)).__name__ == "EvilModel"
     assert mark.exists()
+
+
+def test_a_sharded_run_that_was_trusted_can_export_at_its_end(group, model_with_code, tiny_model):
+    source = ModelSource(path=str(model_with_code), tokenizer=str(tiny_model), trust_remote_code=True)
+    model = load_causal_lm(source)
+    copy = whole_copy(source, model)
+    assert type(copy).__name__ == "EvilModel" and copy is not model
+    assert all(torch.equal(value, copy.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def as_bytes(text):

@@ -5,7 +5,6 @@ import pickle
 import pickletools
 import random
 import shutil
-import socket
 
 import pytest
 import torch
@@ -222,15 +221,6 @@ def test_damage_is_an_error_and_no_crash(folder):
             read_list(folder)
         except ValueError as error:
             assert ".metadata" in str(error)
-
-
-@pytest.fixture
-def group(monkeypatch):
-    """A process group of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 
 
 @pytest.mark.parametrize("name", ["read_weights", "read_optimizer"])
