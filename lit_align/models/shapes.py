@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_align.models.adapters import is_tuner_layer
-from lit_align.models.flops import active_share
+from lit_align.models.flops import active_experts, active_share, head_width, layer_configs
 from lit_align.models.forward import base_model
 from lit_align.models.quantization import quantized_layers
 
@@ -21,9 +21,9 @@ class Shape:
     Attributes:
         layers: Decoder layers.
         width: H, of a hidden state.
-        queries: Width of all query heads together; that of attention's output.
-        keys: Width of all key heads together.
-        head: Width of one head.
+        queries: Width of all query heads together; that of attention's output. The mean where layers differ.
+        keys: Width of all key heads together; the same.
+        head: Width of the widest head.
         inner: Width of the feed-forward part; with experts, of those that a token meets together.
         gated: Whether the feed-forward part multiplies two projections.
         steps: Tensors that its activation function keeps: 1, or 4 where it is written out in single operations.
@@ -92,23 +92,18 @@ def shape_of(model: nn.Module) -> Shape:
     inner: Any = base_model(model)
     config = inner.config.get_text_config()
     layers = _layers(inner, config.num_hidden_layers)
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
+    if not getattr(config, "num_attention_heads", None):
         raise ValueError(
             f"{type(inner).__name__}: its configuration names no heads of attention, so its memory cannot be planned"
         )
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    matrices = list(_matrices(layers[0]))
     norms = [module for module in layers[0].modules() if _is_norm(module)]
     wide = [norm for norm in norms if norm.weight.numel() == config.hidden_size]
-    adapted = [module for module in layers[0].modules() if is_tuner_layer(module)]
+    adapted = [[module for module in layer.modules() if is_tuner_layer(module)] for layer in layers]
     output = inner.get_output_embeddings()
     return Shape(
         layers=len(layers),
         width=config.hidden_size,
-        queries=heads * size,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
-        head=size,
+        **_heads(config),
         inner=_inner(config),
         gated=any("gate" in name.split(".")[-1] for name, _ in layers[0].named_modules() if "experts" not in name)
         or active_share(config) < 1,
@@ -116,12 +111,29 @@ def shape_of(model: nn.Module) -> Shape:
         norms=len(wide),
         head_norms=len(norms) - len(wide),
         rms=not any(isinstance(norm, nn.LayerNorm) for norm in norms),
-        fan_in=sum(fan_in for fan_in, _ in matrices),
-        adapted=sum(layer.in_features for layer in adapted),
-        rank=sum(sum(layer.r.values()) for layer in adapted),
+        fan_in=_mean(sum(fan_in for fan_in, _ in _matrices(layer)) for layer in layers),
+        adapted=_mean(sum(module.in_features for module in some) for some in adapted),
+        rank=_mean(sum(sum(module.r.values()) for module in some) for some in adapted),
         vocabulary=0 if output is None else output.weight.shape[0],
         element=next(_wide(layers[0])).element_size(),
     )
+
+
+def _heads(config: Any) -> dict[str, int]:
+    """Widths of attention, over layers that differ their mean: what all layers keep is the same."""
+    layers = layer_configs(config)
+    shared = getattr(config, "kv_sharing_modes", None) or [None] * len(layers)  # "reuse" = keys of a layer before
+    keys = [(getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_width(c) for c in layers]
+    return {
+        "queries": _mean(c.num_attention_heads * head_width(c) for c in layers),
+        "keys": _mean(0 if mode == "reuse" else width for width, mode in zip(keys, shared, strict=True)),
+        "head": max(map(head_width, layers)),
+    }
+
+
+def _mean(sizes: Iterable[int]) -> int:
+    values = list(sizes)
+    return round(sum(values) / len(values))
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -181,9 +193,15 @@ def _is_norm(module: nn.Module) -> bool:
 def _inner(config: Any) -> int:
     names = ("intermediate_size", "n_inner", "ffn_dim")
     size = next((found for name in names if (found := getattr(config, name, None))), 4 * config.hidden_size)
+    if isinstance(size, (list, tuple)):  # one of each layer
+        size = _mean(size)
+    if getattr(config, "use_double_wide_mlp", False):  # of layers that have no keys of their own
+        size = _mean(size * (1 + (mode == "reuse")) for mode in config.kv_sharing_modes)
+    size += getattr(config, "hidden_size_per_layer_input", None) or 0  # a second part of its kind, for each layer
     if active_share(config) == 1:
         return size
-    return (getattr(config, "moe_intermediate_size", None) or size) * config.num_experts_per_tok
+    beside = size if getattr(config, "enable_moe_block", False) else 0  # a dense part, besides the experts
+    return beside + (getattr(config, "moe_intermediate_size", None) or size) * active_experts(config)
 
 
 def _bytes(parameter: Tensor) -> int:

@@ -3,7 +3,15 @@
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma4TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from lit_align.batch import Branch, Example, StepTotals, pack
 from lit_align.models.forward import hidden_states
@@ -37,6 +45,17 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SMALL),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0),
 }
+GEMMA4 = SMALL | {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 16,
+}
+CONFIGS["gemma4"] = lambda **more: Gemma4TextConfig(**GEMMA4 | more)
 SMOLLM = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -93,6 +112,44 @@ def test_layers_of_several_sizes():
     assert weights.layer_bytes == 4 * experts
     assert weights.layers_bytes == 4 * (dense + 2 * experts)
     assert weights.total_bytes - weights.layers_bytes == 4 * (2 * 64 * 32 + 32)
+
+
+@pytest.mark.parametrize(
+    "options, keys, inner",
+    [
+        ({}, (2 * 32 + 2 * 64) // 4, 192 + 16),
+        ({"num_kv_shared_layers": 1, "use_double_wide_mlp": True}, (2 * 32 + 64) // 4, 192 * 5 // 4 + 16),
+        (
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+            (2 * 32 + 2 * 64) // 4,
+            192 + 16 + 2 * 24,
+        ),
+    ],
+    ids=["dense", "shared keys", "experts"],
+)
+def test_layers_whose_heads_differ(options, keys, inner):
+    with torch.device("meta"):
+        shape = shape_of(AutoModelForCausalLM.from_config(CONFIGS["gemma4"](**options)))
+    assert (shape.queries, shape.keys, shape.head) == (4 * (16 + 32) // 2, keys, 32)
+    assert shape.inner == inner and shape.gated
+
+
+def test_feed_forward_parts_of_several_widths():
+    options = {"intermediate_size": [40, 56], "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 4}
+    options |= {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+    sizes = {"vocab_size_per_layer_input": 64, "laurel_rank": 4, "altup_num_inputs": 2}
+    config = AutoConfig.for_model("gemma3n_text", **SMALL | {"num_hidden_layers": 2} | options | sizes)
+    with torch.device("meta"):
+        assert shape_of(AutoModelForCausalLM.from_config(config)).inner == 48 + 4
+
+
+def test_the_cache_of_layers_whose_heads_differ():
+    """One of them has the keys of the layer before it."""
+    model, cache = AutoModelForCausalLM.from_config(CONFIGS["gemma4"](num_kv_shared_layers=1)), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(5, 11, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kv_bytes(shape_of(model), rows=5, columns=11) == held
 
 
 def test_a_network_without_attention_cannot_be_planned():
@@ -176,6 +233,9 @@ CASES = [
     ("qwen3", "float32", True, False, 0.07),
     ("gpt2", "float32", False, False, 0.05),
     ("gpt2", "bfloat16", False, False, 0.05),
+    ("gemma4", "float32", False, False, 0.09),
+    ("gemma4", "float32", False, True, 0.09),
+    ("gemma4", "float32", True, False, 0.06),
 ]
 
 
