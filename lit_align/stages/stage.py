@@ -66,6 +66,19 @@ class Stage(LightningModule):
         """Refuses what would cast more than networks, and what ranks would not do together; before loading."""
         check_precision(self.trainer.precision_plugin.precision)
         check_validation_interval(self.trainer)
+        if self.tokenizer is not None:  # networks that were built before
+            self.with_data_template(self.tokenizer)
+
+    def with_data_template(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the data module rendered with: what ends turns is said there.
+
+        A data module has to choose one where the tokenizer has none, and it may have been given another tokenizer.
+        """
+        data = None if self._trainer is None else self.trainer.datamodule
+        template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
+        if template:
+            tokenizer.chat_template = template
+        return tokenizer
 
     # -- optimisation
 
