@@ -24,12 +24,12 @@ from lit_align.stages.metrics import Means
 from lit_align.stages.optim import check_takes_shards, optimizer_settings
 from lit_align.stages.precision import check_precision, check_unscaled, clip_gradients
 from lit_align.stages.progress import (
-    announce_epoch_end,
     begin_next_epoch,
     check_validation_interval,
     check_whole_steps,
     follow_epoch_length,
     recount,
+    tell_loader,
     total_steps,
 )
 
@@ -133,12 +133,12 @@ class Stage(LightningModule):
         """Mends what Lightning's own resume leaves open."""
         check_whole_steps(self.trainer)
         begin_next_epoch(self.trainer)
-        announce_epoch_end(self.trainer)
+        tell_loader(self.trainer)
         follow_epoch_length(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Keeps Lightning's count of the epoch's micro-batches right."""
-        announce_epoch_end(self.trainer)  # the loader may be a new one
+        tell_loader(self.trainer)  # the loader may be a new one
         follow_epoch_length(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
