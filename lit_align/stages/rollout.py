@@ -82,6 +82,10 @@ class RolloutStage(ReferencedStage):
                     "`engine: Decode` does not"
                 )
 
+    def tokens_to_sample(self) -> int:
+        """Those of an answer."""
+        return self.sampling.max_new_tokens
+
     def collect(self, prompts: PromptBatch, number: int) -> list[Example]:
         """One rollout: samples answers to this rank's prompts, and makes all ranks' answers examples of the update.
 

@@ -22,6 +22,7 @@ from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
 from lit_align.stages.optim import check_takes_shards, optimizer_settings
+from lit_align.stages.positions import check_positions
 from lit_align.stages.precision import check_precision, check_unscaled, clip_gradients
 from lit_align.stages.progress import (
     begin_next_epoch,
@@ -128,6 +129,16 @@ class Stage(LightningModule):
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, made from the means; a stage derives further values (a spread, say) here."""
         return means
+
+    def on_fit_start(self) -> None:
+        """Refuses sequences that are too long for a network, if the data module knows how long they are."""
+        if (longest := getattr(self.trainer.datamodule, "longest", None)) is not None:
+            networks = self.networks(self.trained + self.frozen)
+            check_positions(networks, longest(), self.tokens_to_sample())
+
+    def tokens_to_sample(self) -> int:
+        """How many tokens training may put behind a sequence of the data."""
+        return 0
 
     def on_train_start(self) -> None:
         """Mends what Lightning's own resume leaves open."""
