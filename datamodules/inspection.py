@@ -1,8 +1,10 @@
-"""What data modules show of themselves before a run: a check of all records, and what the model will see."""
+"""What data modules say of themselves before a run: a check of all records, what the model will see, how long it is."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from datamodules.lengths import sequence_lengths
 
 if TYPE_CHECKING:
     from datamodules.check_report import CheckReport
@@ -11,7 +13,13 @@ if TYPE_CHECKING:
 
 
 class Inspection:
-    """The methods behind `lit-align data check`, `data preview` and `plan`, for `AlignDataModule`."""
+    """What the stages, and `lit-align data check`, `data preview` and `plan` ask an `AlignDataModule`."""
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence of the data that was set up; of a stream, as many as it may have."""
+        module: Any = self
+        sizes = [sequence_lengths(e.rows, e.chosen, e.lengths).max(initial=0) for e in module.datasets.values()]
+        return max(module.max_length if module.streaming else 0, *map(int, sizes), 0)
 
     def check(self, limit: int = 20, *, world_size: int = 1, micro_batches: int = 1) -> CheckReport:
         """Reads and tokenises every configured split to its end and says what is wrong with it and what it costs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -94,11 +94,16 @@ class StreamLoader:
         max_steps: Optimizer steps of the run, for its length; None = it has none.
         report: Counts what became of the records of the epoch under way.
         num_workers: 0 = the training process reads and tokenises; else one process beside it does.
+
+    Attributes:
+        cursor: The place after the micro-batch handed out last.
+        unfinished: See `PlannedLoader`.
     """
 
     def __init__(self, stream: Stream, max_steps: int | None, report: SplitReport, num_workers: int) -> None:
         self.stream, self.max_steps, self.report, self.num_workers = stream, max_steps, report, num_workers
-        self.cursor = dict(START)
+        self.cursor, self._before = dict(START), dict(START)
+        self.unfinished: Callable[[], bool] = bool
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the whole run (a known length keeps Lightning from fetching ahead)."""
@@ -129,7 +134,7 @@ class StreamLoader:
             if item.batch is None:
                 self._tell()
                 vars(self.report).update(vars(SplitReport(note=self.report.note)))  # others hold this object
-            self.cursor = item.after or self.cursor
+            self._before, self.cursor = self.cursor, item.after or self.cursor
             if item.batch is not None:
                 yield item.batch
 
@@ -138,11 +143,11 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, the same on every rank; a step of which only some micro-batches were handed out counts as new."""
-        return dict(self.cursor)
+        return dict(self._before if self.unfinished() else self.cursor)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Puts the cursor back; the next pass goes on from there."""
-        self.cursor = {name: int(state[name]) for name in START}
+        self.cursor = self._before = {name: int(state[name]) for name in START}
 
 
 def fingerprint(source: Source) -> list[Any]:

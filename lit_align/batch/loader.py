@@ -47,6 +47,8 @@ class PlannedLoader:
         seen: Micro-batches of this epoch already handed out.
         epoch_over: Says whether the trainer takes no more of this epoch, though a rest may be left
             (`limit_train_batches`); the stage, which knows the trainer, sets it.
+        unfinished: Says whether the trainer has not been through the micro-batch handed out last; a checkpoint that is
+            written then (after an exception) counts it as new. The stage sets it too.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class PlannedLoader:
         self.num_workers = num_workers
         self.epoch = self.seen = 0
         self.epoch_over: Callable[[], bool] = bool
+        self.unfinished: Callable[[], bool] = bool
         self._restored = False
         self._planned: tuple[int, EpochPlan] | None = None
 
@@ -136,7 +139,7 @@ class PlannedLoader:
         """The cursor, the same on every rank; a step of which only some micro-batches were handed out counts as new."""
         if self.epoch_over():
             return {"epoch": self.epoch + 1, "step": 0}
-        return {"epoch": self.epoch, "step": self.seen // self.micro_batches}
+        return {"epoch": self.epoch, "step": (self.seen - self.unfinished()) // self.micro_batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Puts the cursor back; the next pass goes on from there instead of beginning an epoch."""

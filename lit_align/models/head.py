@@ -66,6 +66,8 @@ def head_loss(
     head = plain_projection(model, temperature)
     if head is None:
         arguments = (temperature, entropy_gradient)
+        if not parts:  # a zero that still reaches every weight
+            return plain_stats(model, hidden, hidden.new_zeros(len(hidden), dtype=torch.long), *arguments)[0].sum()
         stats = [TokenStats(*plain_stats(model, hidden[rows], p.scored.targets, *arguments)) for rows, p in parts]
         return _added([loss_of(s, part) for s, (_, part) in zip(stats, parts, strict=True)], hidden)
     head = head.for_a_walk()

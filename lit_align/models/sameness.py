@@ -76,7 +76,8 @@ def _differences(
     if tokenizer is not None:
         files = tokenizer_files(tokenizer)
         if changed := [name for name, content in files.items() if not _same(entry["tokenizer"].get(name), content)]:
-            yield f"the tokenizer differs in {', '.join(changed)}"
+            of_data = " (chat templates are those of data.tokenizer)" if "chat_template.jinja" in changed else ""
+            yield f"the tokenizer differs in {', '.join(changed)}{of_data}"
 
 
 def _between(

@@ -215,6 +215,10 @@ class KLController(ABC):
         check_range("coef", self.coef, 0, with_low=True)
 
     @abstractmethod
+    def check_episodes(self, num_episodes: int) -> None:
+        """Refuses rollouts of so many responses if `update` would; to be called before anything is sampled."""
+
+    @abstractmethod
     def update(self, kl_per_sequence: float, num_episodes: int) -> None:
         """To be called once per rollout, after its reward used the present `coef`.
 
@@ -227,6 +231,9 @@ class KLController(ABC):
 @dataclass
 class FixedKL(KLController):
     """A KL coefficient that stays as it is."""
+
+    def check_episodes(self, num_episodes: int) -> None:
+        """Any number is fine."""
 
     def update(self, kl_per_sequence: float, num_episodes: int) -> None:
         """Leaves `coef` as it is."""
@@ -254,11 +261,14 @@ class AdaptiveKL(KLController):
         check_range("target", self.target, 0)
         check_range("horizon", self.horizon, 0)
 
+    def check_episodes(self, num_episodes: int) -> None:
+        """Refuses rollouts that are too large for the horizon."""
+        if (least := MAX_CHANGE * num_episodes) >= self.horizon:
+            raise ValueError(f"horizon must exceed {least:g} for {num_episodes} episodes a rollout, got {self.horizon}")
+
     def update(self, kl_per_sequence: float, num_episodes: int) -> None:
         """Moves `coef` by at most 20 % per horizon."""
-        if MAX_CHANGE * num_episodes >= self.horizon:
-            least = MAX_CHANGE * num_episodes
-            raise ValueError(f"horizon must exceed {least:g} for {num_episodes} episodes a rollout, got {self.horizon}")
+        self.check_episodes(num_episodes)
         error = min(max(float(kl_per_sequence) / self.target - 1, -MAX_CHANGE), MAX_CHANGE)
         self.coef *= 1 + error * num_episodes / self.horizon
 

@@ -45,6 +45,8 @@ class RolloutLoader:
         seen: Micro-batches of this rollout already handed out.
         epoch_over: Says whether the trainer takes no more of this rollout, though a rest may be left
             (`limit_train_batches`); the stage, which knows the trainer, sets it.
+        unfinished: Says whether the trainer has not been through the micro-batch handed out last; a checkpoint that is
+            written then (after an exception) counts it as new. The stage sets it too.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class RolloutLoader:
         self.micro_batches, self.seed, self.lay_out = micro_batches, seed, lay_out
         self.seen = 0
         self.epoch_over: Callable[[], bool] = bool
+        self.unfinished: Callable[[], bool] = bool
+        self._cursor: dict[str, int] | None = None
         self._saved: dict[str, Any] | None = None
         self._examples: Sequence[Example] = []
         self._number = 0
@@ -89,10 +93,12 @@ class RolloutLoader:
             yield self.lay_out([self._examples[i] for i in plan.indices], plan.indices, plan.totals)
 
     def _roll_out(self) -> None:
-        prompts = self._next_prompts()
+        self._cursor = self.prompts.state_dict()  # until they are answered, the prompts count as not handed out
+        prompts, self._examples = self._next_prompts(), []
         # The cursor tells this rollout from every other one, also after a resume.
         self._number = self.prompts.epoch * len(self.prompts.plan(self.prompts.epoch)) + self.prompts.seen
         self._examples, self.seen, self._saved = self.collect(prompts, self._number), 0, None
+        self._cursor = None
 
     def _plans(self, first_step: int) -> Iterator[MicroPlan]:
         """This rank's micro-batches of the rollout's optimizer steps, from the given step on."""
@@ -117,16 +123,14 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of the prompts, and the rollout if steps of it are left; the same on every rank."""
-        state: dict[str, Any] = {"prompts": self.prompts.state_dict()}
-        inside = self._restored or 0 < self.seen < len(
-            self
-        )  # restored inside the first step, nothing is seen of it yet
-        if inside and not self.epoch_over():
+        state: dict[str, Any] = {"prompts": self._cursor or self.prompts.state_dict()}
+        done = self.seen - self.unfinished()
+        if self._examples and done < len(self) and not self.epoch_over():
             # Made once a rollout: Lightning asks for the state twice, and tensors that are shared are written once.
             self._saved = self._saved or pack_examples(self._examples)
             state["rollout"] = {
                 "number": self._number,
-                "step": self.seen // self.micro_batches,
+                "step": done // self.micro_batches,
                 "split": [self.ppo_epochs, self.num_minibatches],
                 "examples": self._saved,
             }
@@ -139,7 +143,8 @@ class RolloutLoader:
             ValueError: The rollout was to be split in other steps.
         """
         self.prompts.load_state_dict(state["prompts"])
-        self._stream, self.seen, self._restored = None, 0, False
+        self._stream, self._cursor, self._examples = None, None, []
+        self.seen, self._restored = 0, False
         if rollout := state.get("rollout"):
             now = [self.ppo_epochs, self.num_minibatches]
             if rollout["split"] != now:

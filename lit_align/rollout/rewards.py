@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +39,19 @@ class RewardFunction:
         """Scores times weight.
 
         Raises:
-            ValueError: The callable gave another number of scores than answers, or one that is no finite number.
+            ValueError: The callable gave another number of scores than answers, or one that, weighted, is no finite
+                number in float32, in which rewards are added up.
         """
         scores = [float(score) for score in self.function(prompts, answers, records)]
         if len(scores) != len(answers):
             raise ValueError(f"reward function {self.name}: expected {len(answers)} scores, got {len(scores)}")
         for answer, score in zip(answers, scores, strict=True):
-            if not math.isfinite(score):
-                raise ValueError(f"reward function {self.name}: expected a finite number, got {score} for {answer!r}")
+            if (
+                not abs(score) * max(abs(self.weight), 1.0) <= torch.finfo(torch.float32).max
+            ):  # written so that NaN fails
+                weight = "" if self.weight == 1.0 else f" (weight {self.weight:g})"
+                expected = "expected a finite number within float32"
+                raise ValueError(f"reward function {self.name}: {expected}, got {score}{weight} for {answer!r}")
         return [self.weight * score for score in scores]
 
 

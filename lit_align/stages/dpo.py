@@ -93,6 +93,7 @@ class LitDPO(ReferencedStage):
 
     def on_fit_start(self) -> None:
         """Readies a cached reference; says so when a loss that looks across pairs will see only a part of each step."""
+        super().on_fit_start()
         if self.cached is not None:
             self.cached.prepare(self)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -18,6 +18,7 @@ from lit_align.models.modes import has_adapters
 from lit_align.models.reference import reference_mode
 from lit_align.models.sharding import unsharded
 from lit_align.models.source import ModelSource
+from lit_align.models.tokens import end_of_turn_id
 from lit_align.rollout.engines import Decode, Engine
 from lit_align.rollout.experience import as_examples
 from lit_align.rollout.sampling import Answer, Sampling
@@ -54,7 +55,7 @@ class PolicyStage(Stage):
     def configure_model(self) -> None:
         """Builds the policy, once."""
         if self.policy is None:
-            self.tokenizer = load_tokenizer(self.policy_source, "policy")
+            self.tokenizer = self.with_data_template(load_tokenizer(self.policy_source, "policy"))
             self.policy = load_causal_lm(self.policy_source, "policy")
             with uncompiled(self.policy):
                 check_head(base_model(self.policy))
@@ -66,10 +67,12 @@ class PolicyStage(Stage):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's eos and those that the model's own settings name."""
+        """Tokens that end an answer: eos, what ends the template's turns, and those that the model's settings name."""
         named = self.policy.generation_config.eos_token_id
         named = named if isinstance(named, list) else [named]
-        return sorted({i for i in (*named, self.tokenizer.eos_token_id) if i is not None})
+        return sorted(
+            {i for i in (*named, self.tokenizer.eos_token_id, end_of_turn_id(self.tokenizer)) if i is not None}
+        )
 
     def answers(
         self,

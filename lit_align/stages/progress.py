@@ -24,13 +24,13 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
     if "epoch_loop.batch_progress" not in loop:
         return
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
-    seen = batches["current"]["ready"]
-    steps, earlier = seen // before, (batches["total"]["ready"] - seen) // before
+    ready, seen = batches["current"]["ready"], batches["current"]["processed"]  # an exception may lie in between
+    steps, earlier = seen // before, (batches["total"]["ready"] - ready) // before
     for counts, done in ((batches["current"], steps), (batches["total"], earlier + steps)):
         counts.update({name: done * now for name in ("ready", "started", "processed", "completed")})
         if steps:  # as it is while the hooks of the last batch run
             counts["completed"] -= 1
-    batches["is_last_batch"] &= seen % before == 0
+    batches["is_last_batch"] &= seen == ready and seen % before == 0
     if steps:
         # The number of the step that is logged next; Lightning adds one when it goes on.
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
@@ -55,11 +55,17 @@ def begin_next_epoch(trainer: Trainer) -> None:
         loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
-def announce_epoch_end(trainer: Trainer) -> None:
-    """Lets the loader know when the trainer takes no more of an epoch: `limit_train_batches` may leave a rest."""
+def tell_loader(trainer: Trainer) -> None:
+    """Lets the loader know how far the trainer is.
+
+    That is, when it takes no more of an epoch (`limit_train_batches` may leave a rest), and whether it has been through
+    the micro-batch that it was given last.
+    """
     loader, progress = trainer.train_dataloader, trainer.fit_loop.epoch_loop.batch_progress
     if hasattr(loader, "epoch_over"):
-        loader.epoch_over = lambda: 0 < trainer.num_training_batches <= progress.current.ready
+        loader.epoch_over = lambda: 0 < trainer.num_training_batches <= progress.current.processed
+    if hasattr(loader, "unfinished"):
+        loader.unfinished = lambda: progress.current.processed < progress.current.ready
 
 
 def check_whole_steps(trainer: Trainer) -> None:

@@ -142,15 +142,20 @@ def _verify(table: Tensor, path: Path, loader: PlannedLoader, network: nn.Module
     batch = loader.dataset[MicroPlan(tuple(rows), StepTotals(1.0, len(rows)), (0,) * len(rows))].to(table.device)
     again = torch.zeros_like(table)
     _fill(again, network, batch)
-    apart, scale = (table - again)[rows].abs(), torch.maximum(table, again)[rows].abs().clamp(min=1.0)
-    worst = trainer.strategy.reduce((apart / scale).max(), reduce_op="max")  # so that all ranks stop, or none
+    apart, relative = (table - again)[rows].abs(), relative_difference(table[rows], again[rows])
+    worst = trainer.strategy.reduce(relative.max(), reduce_op="max")  # so that all ranks stop, or none
     if not worst <= _tolerance(network, trainer):
-        row = rows[int((apart / scale).max(1).values.argmax())]
+        row = rows[int(relative.max(1).values.argmax())]
         raise ValueError(
             f"reference_cache: of example {row} the reference gives {again[row].tolist()} nats, and {path} holds "
             f"{table[row].tolist()}; delete this file, so that it is made anew"
         )
     return float(apart.max())
+
+
+def relative_difference(one: Tensor, other: Tensor) -> Tensor:
+    """How far numbers lie apart, each pair relative to the larger magnitude of the two and 1 nat."""
+    return (one - other).abs() / torch.maximum(one.abs(), other.abs()).clamp(min=1.0)
 
 
 def _tolerance(network: nn.Module, trainer: Trainer) -> float:

@@ -58,7 +58,7 @@ class LitReward(Stage):
     def configure_model(self) -> None:
         """Builds the reward model, once."""
         if self.reward_model is None:
-            self.tokenizer = load_tokenizer(self.reward_model_source, "reward_model")
+            self.tokenizer = self.with_data_template(load_tokenizer(self.reward_model_source, "reward_model"))
             self.reward_model = load_scalar_model(self.reward_model_source, "reward_model")
             disable_dropout(self.reward_model)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -80,6 +81,10 @@ class RolloutStage(ReferencedStage):
                     "resumed run, or one with other ranks, samples others than one run to its end; "
                     "`engine: Decode` does not"
                 )
+
+    def tokens_to_sample(self) -> int:
+        """Those of an answer."""
+        return self.sampling.max_new_tokens
 
     def collect(self, prompts: PromptBatch, number: int) -> list[Example]:
         """One rollout: samples answers to this rank's prompts, and makes all ranks' answers examples of the update.
@@ -177,6 +182,11 @@ class RolloutStage(ReferencedStage):
     test_step = validation_step
 
     def _rollout_loader(self, prompts: PlannedLoader) -> RolloutLoader:
+        largest = int(np.diff(prompts.plan(prompts.epoch).bounds).max())
+        try:
+            self.kl.check_episodes(largest * self.ppo.num_answers)
+        except ValueError as error:
+            raise ValueError(f"ppo.kl_horizon: {error}") from None
         return RolloutLoader(
             prompts,
             self.collect,

@@ -22,14 +22,15 @@ from lit_align.models.sameness import check_same_networks
 from lit_align.models.source import ModelSource
 from lit_align.stages.metrics import Means
 from lit_align.stages.optim import check_takes_shards, optimizer_settings
+from lit_align.stages.positions import check_positions
 from lit_align.stages.precision import check_precision, check_unscaled, clip_gradients
 from lit_align.stages.progress import (
-    announce_epoch_end,
     begin_next_epoch,
     check_validation_interval,
     check_whole_steps,
     follow_epoch_length,
     recount,
+    tell_loader,
     total_steps,
 )
 
@@ -66,6 +67,19 @@ class Stage(LightningModule):
         """Refuses what would cast more than networks, and what ranks would not do together; before loading."""
         check_precision(self.trainer.precision_plugin.precision)
         check_validation_interval(self.trainer)
+        if self.tokenizer is not None:  # networks that were built before
+            self.with_data_template(self.tokenizer)
+
+    def with_data_template(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the data module rendered with: what ends turns is said there.
+
+        A data module has to choose one where the tokenizer has none, and it may have been given another tokenizer.
+        """
+        data = None if self._trainer is None else self.trainer.datamodule
+        template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
+        if template:
+            tokenizer.chat_template = template
+        return tokenizer
 
     # -- optimisation
 
@@ -116,16 +130,26 @@ class Stage(LightningModule):
         """What is logged, made from the means; a stage derives further values (a spread, say) here."""
         return means
 
+    def on_fit_start(self) -> None:
+        """Refuses sequences that are too long for a network, if the data module knows how long they are."""
+        if (longest := getattr(self.trainer.datamodule, "longest", None)) is not None:
+            networks = self.networks(self.trained + self.frozen)
+            check_positions(networks, longest(), self.tokens_to_sample())
+
+    def tokens_to_sample(self) -> int:
+        """How many tokens training may put behind a sequence of the data."""
+        return 0
+
     def on_train_start(self) -> None:
         """Mends what Lightning's own resume leaves open."""
         check_whole_steps(self.trainer)
         begin_next_epoch(self.trainer)
-        announce_epoch_end(self.trainer)
+        tell_loader(self.trainer)
         follow_epoch_length(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Keeps Lightning's count of the epoch's micro-batches right."""
-        announce_epoch_end(self.trainer)  # the loader may be a new one
+        tell_loader(self.trainer)  # the loader may be a new one
         follow_epoch_length(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -80,6 +80,18 @@ def test_a_step_that_was_only_begun_is_handed_out_again():
     assert members(resumed) == members(loader())[4:]
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_that_the_trainer_did_not_get_through_is_handed_out_again(micro_batches):
+    whole = members(loader(micro_batches=micro_batches))
+    first = loader(micro_batches=micro_batches)
+    for seen, _ in enumerate(first):
+        first.unfinished = lambda: True
+        other = loader(micro_batches=micro_batches)
+        other.load_state_dict(first.state_dict())
+        first.unfinished = bool
+        assert members(other) == whole[seen // micro_batches * micro_batches :]
+
+
 @pytest.mark.parametrize("size", STEPS, ids=["examples", "tokens"])
 def test_a_run_goes_on_over_the_same_steps_with_other_ranks_and_micro_batches(size):
     def steps(sources, micro_batches):

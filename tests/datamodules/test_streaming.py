@@ -243,6 +243,19 @@ def test_what_a_stream_cannot_do_is_told(files, tokenizer):
         fit(LitSFT, start(SFTDataModule, files, tokenizer), max_epochs=1)
 
 
+def test_a_step_that_the_trainer_did_not_get_through_is_handed_out_again(files, tokenizer):
+    """At each step of two epochs: windows and epochs end in between."""
+    whole = [contents(b) for b in itertools.islice(start(SFTDataModule, files, tokenizer).train_dataloader(), 20)]
+    data = start(SFTDataModule, files, tokenizer)
+    loader = data.train_dataloader()
+    for step, _ in enumerate(itertools.islice(loader, 19)):
+        loader.unfinished = lambda: True
+        resumed = start(SFTDataModule, files, tokenizer)
+        resumed.load_state_dict(data.state_dict())
+        loader.unfinished = bool
+        assert [contents(b) for b in itertools.islice(resumed.train_dataloader(), 2)] == whole[step : step + 2]
+
+
 # --- through a real trainer ------------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.batch import Branch, Example, StepTotals, example_parts, pack, token_parts
-from lit_align.models import projection
+from lit_align.models import example_loss, projection, token_loss
+from lit_align.models.adapters import add_adapters
 from lit_align.models.head import TokenStats, head_logps, head_loss, head_stats
+from lit_align.models.load import set_attention
+from lit_align.models.source import LoraSettings
 
 V, H = 50, 12
 HEADS = {
@@ -292,6 +296,18 @@ def test_a_head_that_is_more_than_a_matrix_goes_the_plain_way_and_says_so(batch,
     for a, b in zip(have, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32 logits
     assert sum("plain way" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("loss", [token_loss, example_loss], ids=lambda loss: loss.__name__)
+def test_an_empty_micro_batch_reaches_an_adapter_on_the_head(loss):
+    sizes = dict(hidden_size=H, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
+    set_attention(model, "packed")
+    model = add_adapters(model, LoraSettings(r=2, target_modules=["q_proj", "lm_head"]), "causal")
+    total = loss(model, pack([], [], StepTotals(1.0, 1.0)), nll)
+    total.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert float(total.detach()) == 0 and len(trained) == 4 and all(g is not None and not g.any() for g in trained)
 
 
 @pytest.mark.gpu

@@ -137,7 +137,7 @@ def test_a_changed_run_is_refused_with_the_difference_named(fit, other_tokenizer
         "--data.seed=1": "data.seed: the run began with 0, now it is 1",
         "--data.max_length=256": "data.max_length: the run began with 512, now it is 256",
         "--data.train=datamodules/demo/corpus/preference.heldout.jsonl": "data.train: the contents of the files are",
-        f"--data.tokenizer={other_tokenizer}": "data.tokenizer: the tokenizer is not what the run began with",
+        f"--data.tokenizer={other_tokenizer}": "chat_template.jinja (chat templates are those of data.tokenizer)",
         "--model.reward_model.lora.r=4": "reward_model.lora: it was None, now it is",
     }
     for option, words in changes.items():

@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -244,6 +246,17 @@ def test_a_model_with_a_state_is_refused():
         Decode()(model, [torch.tensor([1, 2])], 1, [], Sampling(2))
 
 
+def test_a_model_with_convolutions_between_its_attention_layers_is_refused():
+    """It does not say of itself that it has a state."""
+    kinds = ["conv", "full_attention"]
+    model = Lfm2ForCausalLM(Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=kinds, conv_L_cache=3))
+    assert not model._is_stateful
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM carries a state along in layers of type conv; .* Generate"):
+        Decode()(model, [torch.tensor([1, 2])], 1, [], Sampling(2))
+    (answers,) = Generate()(model, [torch.tensor([1, 2])], 1, [], Sampling(2))
+    assert len(answers[0].input_ids) == 2
+
+
 @pytest.mark.parametrize("wrong", [{"refill_at": 0.0}, {"refill_at": 2.0}, {"read_every": 0}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
@@ -270,6 +283,14 @@ def test_continuous_batching_says_when_answers_are_lost(monkeypatch):
     monkeypatch.setattr(model, "generate_batch", lambda *args, **options: {"a": lost})
     with pytest.raises(RuntimeError, match="0 of 21 answers; the first error: out of pages"):
         ContinuousBatching()(model, prompts, n, stops, Sampling(14), noise)
+
+
+def test_continuous_batching_names_another_engine_where_attention_cannot_be_paged():
+    model, (prompts, n, stops, noise) = gemma(), task()
+    set_attention(model, "packed")
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM does not have. Set `engine: Decode`"):
+        ContinuousBatching()(model, prompts, n, stops, Sampling(14), noise)
+    assert model.config._attn_implementation == "packed"
 
 
 @pytest.mark.parametrize("engine", [Decode(), ContinuousBatching(page_size=16)], ids=repr)

@@ -11,13 +11,14 @@ PROMPTS = [torch.tensor([i, i]) for i in range(6)]
 EPOCHS, PARTS = 2, 2
 
 
-def loader():
+def loader(answered=lambda number: None):
     """Two rollouts of three prompts an epoch; the answer is the number of the rollout."""
 
     def collate(examples, plan):
         return PromptBatch(tuple(examples), ({},) * len(examples), torch.tensor(plan.indices), plan.repeats)
 
     def collect(batch, number):
+        answered(number)
         return [Example(ids, (Branch(torch.tensor([number]), torch.ones(1)),)) for ids in batch.prompt_ids]
 
     sizes = {"lengths": np.full(6, 2), "trained_weights": np.zeros(6), "batch_size": 3}
@@ -59,3 +60,31 @@ def test_the_last_state_that_was_put_back_counts():
     for state in (first.state_dict(), start):
         other.load_state_dict(state)
     assert rest(other) == rest(loader())
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("taken", [PARTS, EPOCHS * PARTS], ids=["cut short", "whole"])
+def test_prompts_of_a_rollout_that_failed_are_sampled_after_a_resume(failing, taken):
+    def judge_is_away(number):
+        if number == failing:
+            raise ConnectionError
+
+    first, other, whole = loader(judge_is_away), loader(), loader()
+    expected = [batch.input_ids.tolist() for _ in range(failing) for batch in whole][-EPOCHS * PARTS :]
+    with pytest.raises(ConnectionError):
+        for _ in range(failing):
+            for _ in zip(range(taken), first, strict=False):
+                pass
+    other.load_state_dict(first.state_dict())
+    assert [batch.input_ids.tolist() for batch in other] == expected
+
+
+@pytest.mark.parametrize("seen", range(1, EPOCHS * PARTS + 1))
+def test_a_micro_batch_that_the_trainer_did_not_get_through_counts_as_new(seen):
+    first, other, whole = loader(), loader(), loader()
+    taken = iter(first)
+    for _ in range(seen):
+        next(taken)
+    first.unfinished = lambda: True
+    other.load_state_dict(first.state_dict())
+    assert rest(other) == rest(whole)[(seen - 1) // PARTS * PARTS :]

@@ -29,8 +29,17 @@ def test_functions_add_up_with_their_weights(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"), [([1.0], "expected 2 scores, got 1"), ([1.0, float("nan")], "finite number, got nan")]
+    ("scores", "message"),
+    [([1.0], "expected 2 scores, got 1"), ([1.0, float("nan")], "finite number within float32, got nan")],
 )
 def test_answers_of_a_callable_are_checked(scores, message):
     with pytest.raises(ValueError, match=message):
         RewardFunction(lambda p, a, r: scores)(["", ""], ["", ""], [{}, {}])
+
+
+@pytest.mark.parametrize(("score", "weight"), [(1e39, 1.0), (-1e39, 1.0), (1e38, -10.0), (1.0, 1e39)])
+def test_a_score_that_float32_cannot_hold_is_refused(score, weight):
+    """Rewards are added up in float32, where it would be infinite."""
+    with pytest.raises(ValueError, match=r"expected a finite number within float32, got .* for 'hi'"):
+        RewardFunction(lambda p, a, r: [score], weight)([""], ["hi"], [{}])
+    assert RewardFunction(lambda p, a, r: [3e38])([""], ["hi"], [{}]) == [3e38]

@@ -18,6 +18,7 @@ from lit_align.models import reference as reference_module
 from lit_align.models.reference_cache import write_logps
 from lit_align.models.source import LoraSettings, ModelSource
 from lit_align.stages import LitDPO
+from lit_align.stages.reference_tables import relative_difference
 
 OTHERS = {
     "full": {},
@@ -272,6 +273,13 @@ def test_a_whole_file_with_other_numbers_is_refused(wrong, tiny_model, pairs, ma
     write_logps(path, wrong(load_file(path)["logps"]))
     with pytest.raises(ValueError, match=r"the reference gives .* nats, and .* delete this file"):
         go()
+
+
+def test_differences_are_relative_to_the_larger_magnitude():
+    """Log-probabilities are negative: the larger number is the one nearer to 0."""
+    one, other = torch.tensor([-98.0, 3.0, -0.5]), torch.tensor([-100.0, -4.0, -0.25])
+    for pair in ((one, other), (other, one)):
+        torch.testing.assert_close(relative_difference(*pair), torch.tensor([0.02, 1.75, 0.25]))
 
 
 def saving(folder):

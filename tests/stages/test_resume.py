@@ -1,12 +1,13 @@
 """A run that is resumed from a checkpoint equals the run that was never stopped, bit for bit."""
 
 import shutil
-from itertools import chain
+from contextlib import nullcontext
+from itertools import chain, count
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lit_align.callbacks.random_state import RandomState
 from lit_align.models.source import LoraSettings, ModelSource
@@ -247,3 +248,79 @@ def test_a_checkpoint_of_another_stage_is_refused(tiny_model, conversations, mak
         make_trainer(max_epochs=2).fit(
             LitPretrain(source), datamodule=make_data(conversations), ckpt_path=tmp_path / "one.ckpt"
         )
+
+
+class Broken(Exception):
+    """What ends a run."""
+
+
+def rows(stage, failing):
+    """Notes the examples of each micro-batch that was trained; the one of this number ends the run."""
+    seen, training_step, begun = [], stage.training_step, count(1)
+
+    def step(batch, batch_idx):
+        if next(begun) == failing:
+            raise Broken
+        loss = training_step(batch, batch_idx)
+        seen.append(batch.input_ids.tolist())
+        return loss
+
+    stage.training_step = step
+    return seen
+
+
+@pytest.mark.parametrize("kind", [LitSFT, LitPPO], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_an_exception_ended_is_made_after_the_resume(
+    kind, accumulate, tiny_model, request, make_data, make_trainer, tmp_path
+):
+    """At each micro-batch of two epochs: the first and the last of one too."""
+    items, source = request.getfixturevalue(CASES[kind]), ModelSource(path=str(tiny_model))
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+
+    def go(failing=None, checkpoint=None, **more):
+        stage = stage_of(kind, source)
+        stage.log, seen = lambda *_, **__: None, rows(stage, failing)
+        torch.manual_seed(1)
+        trainer = make_trainer(**options, **more)
+        with pytest.raises(Broken) if failing else nullcontext():
+            trainer.fit(stage, datamodule=make_data(items), ckpt_path=checkpoint)
+        return stage, seen, trainer
+
+    whole, want, trainer = go()
+    for failing in range(1, len(want) + 1):
+        saver = OnExceptionCheckpoint(tmp_path / str(failing))  # in one folder, Lightning would go on from the last one
+        _, before, _ = go(failing, enable_checkpointing=True, callbacks=[saver])
+        resumed, after, again = go(checkpoint=saver.ckpt_path)
+        made = (failing - 1) // accumulate * accumulate
+        assert before == want[: failing - 1] and after == want[made:]
+        assert again.global_step == trainer.global_step
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rollout_that_an_exception_ended_is_made_after_the_resume(
+    failing, tiny_model, prompts, make_data, make_trainer, tmp_path
+):
+    asked, rollouts = [], count(1)
+
+    def judge(texts, answers, records):
+        if next(rollouts) == failing:
+            raise Broken
+        asked.append(sorted(texts))
+        return length_reward(texts, answers, records)
+
+    def go(checkpoint=None, **more):
+        stage = stage_of(LitPPO, ModelSource(path=str(tiny_model)))
+        stage.reward_functions = (RewardFunction(judge),)
+        torch.manual_seed(1)
+        make_trainer(max_epochs=3, **more).fit(stage, datamodule=make_data(prompts), ckpt_path=checkpoint)
+        return stage
+
+    with pytest.raises(Broken):
+        go(enable_checkpointing=True, callbacks=[OnExceptionCheckpoint(tmp_path)])
+    resumed = go(checkpoint=str(tmp_path / "on_exception.ckpt"))
+    got, asked[:] = list(asked), []
+    whole = go()
+    assert got == asked
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())

@@ -69,6 +69,14 @@ def test_a_rollout_of_one_step_needs_no_old_logps(
     assert max(expected["train/rollout/logps_diff_max"]) < 1e-5
 
 
+def test_a_rollout_too_large_for_the_horizon_is_refused_before_anything_is_sampled(
+    tiny_model, prompts, make_data, make_trainer, monkeypatch
+):
+    monkeypatch.setattr(rollout.RolloutStage, "collect", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=r"ppo.kl_horizon: horizon must exceed 3.2 for 16 episodes a rollout, got 3"):
+        run(tiny_model, make_data(prompts), make_trainer(max_steps=1), target_kl=0.5, kl_horizon=3.0)
+
+
 class Biased(Engine):
     """Says of every token that it was half a nat less probable than it was."""
 

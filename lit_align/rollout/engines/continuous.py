@@ -52,6 +52,7 @@ class ContinuousBatching(Engine):
 
         Raises:
             RuntimeError: transformers lost answers.
+            ValueError: The model has no attention that can be paged.
         """
         network, greedy = base_model(model), sampling.temperature == 0
         drawing = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
@@ -88,7 +89,13 @@ class ContinuousBatching(Engine):
 def _pageable(model: PreTrainedModel) -> Iterator[None]:
     attention = model.config._attn_implementation
     if attention == PACKED:
-        model.set_attn_implementation("sdpa")
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError as error:  # transformers has no `sdpa` for architectures that cap their scores
+            raise ValueError(
+                f"engine ContinuousBatching pages `sdpa` attention, which {type(model).__name__} does not have. "
+                "Set `engine: Decode`, which serves it"
+            ) from error
     try:
         yield
     finally:

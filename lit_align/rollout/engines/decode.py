@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from lit_align.models import base_model
 from lit_align.models.logits import head_logits
+from lit_align.models.packable import other_layers
 from lit_align.rollout.draw import draw, precise
 from lit_align.rollout.engines.base import Engine, as_answer
 from lit_align.rollout.engines.graphs import Capture, GraphedStep, Step, captured
@@ -61,9 +62,12 @@ class Decode(Engine):
         Raises:
             ValueError: The model keeps something else than keys and values of each token.
         """
-        if base_model(model)._is_stateful:
+        network = base_model(model)
+        others = other_layers(network.config)  # not all models with convolutions or recurrences say they have a state
+        if network._is_stateful or others:
+            named = f" in layers of type {', '.join(sorted(others))}" if others else ""
             raise ValueError(
-                f"engine Decode keeps keys and values, and {type(base_model(model)).__name__} carries a state along; "
+                f"engine Decode keeps keys and values, and {type(network).__name__} carries a state along{named}; "
                 "set `engine: Generate`"
             )
         on_gpu = prompt_ids[0].device.type == "cuda"
