@@ -45,10 +45,9 @@ class RewardFunction:
         scores = [float(score) for score in self.function(prompts, answers, records)]
         if len(scores) != len(answers):
             raise ValueError(f"reward function {self.name}: expected {len(answers)} scores, got {len(scores)}")
+        largest = torch.finfo(torch.float32).max / max(abs(self.weight), 1.0)
         for answer, score in zip(answers, scores, strict=True):
-            if (
-                not abs(score) * max(abs(self.weight), 1.0) <= torch.finfo(torch.float32).max
-            ):  # written so that NaN fails
+            if not abs(score) <= largest:  # written so that NaN fails
                 weight = "" if self.weight == 1.0 else f" (weight {self.weight:g})"
                 expected = "expected a finite number within float32"
                 raise ValueError(f"reward function {self.name}: {expected}, got {score}{weight} for {answer!r}")
