@@ -22,8 +22,8 @@ def load_tokenizer(source: Any, owner: str) -> PreTrainedTokenizerBase:
     """
     if source is None:
         raise ValueError(
-            f"{owner}: no tokenizer; give data.tokenizer = a folder or an id "
-            "(the command line takes the model's when the model has a path)"
+            f"{owner}: no tokenizer; give data.tokenizer = a folder or an id (the command line takes the model's when "
+            "the model has a path; in code it is the argument tokenizer)"
         )
     tokenizer = source if hasattr(source, "apply_chat_template") else _from_path(str(source))
     if not tokenizer.is_fast:

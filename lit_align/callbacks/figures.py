@@ -61,6 +61,12 @@ def figures(
     return found
 
 
+def of_whole_run(found: Mapping[str, float]) -> dict[str, float]:
+    """Without the shares of phases where no rollout was seen: of a short run, the only one was warm-up."""
+    unseen = found.get(f"phase/{ROLLOUT}") == 0
+    return {name: value for name, value in found.items() if not (unseen and name.startswith("phase/"))}
+
+
 def _of_update(work: Work, seconds: float) -> dict[str, float]:
     return {
         "tokens_per_second": work.tokens / seconds,

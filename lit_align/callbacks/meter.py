@@ -21,6 +21,7 @@ from lit_align.callbacks.figures import (
     gpu_memory,
     host_memory,
     in_words,
+    of_whole_run,
     over_all_ranks,
     short,
 )
@@ -119,7 +120,7 @@ class Meter(Callback):
             if trainer.is_global_zero:
                 print(f"speed: not measured: the first steps ({self.warmup_steps}) are warm-up, and there were no more")
             return
-        found = self._figures(trainer, pl_module, self._start) | host_memory()
+        found = of_whole_run(self._figures(trainer, pl_module, self._start)) | host_memory()
         self.results = {f"perf/{name}": value for name, value in found.items()}
         if self._machine is not None:
             self.results["perf/machine_flops_per_second"] = self._machine.flops_per_second

@@ -99,8 +99,8 @@ class SharedTrunk:
             raise ValueError(
                 f"{name}: with shared_trunk expected a folder of adapters on the policy's base (LitReward with lora, "
                 "exported with for_trunk=true), or the policy's own path with lora for fresh adapters; got path "
-                f"{source.path!r} {'without' if source.lora is None else 'with'} lora. With shared_trunk: false each "
-                "network has its own weights"
+                f"{source.path!r} {'without' if source.lora is None else 'with'} lora. reward_model: null leaves the "
+                "rewards to reward_functions; with shared_trunk: false each network has its own weights"
             )
         if source.dtype != self.policy.dtype:
             raise ValueError(f"{name}.dtype: the policy's base is in {self.policy.dtype}, got {source.dtype}")

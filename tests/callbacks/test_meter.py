@@ -17,7 +17,7 @@ from lit_align.batch import Branch, Example, StepTotals, Work, pack, pad
 from lit_align.callbacks import Meter
 from lit_align.callbacks import meter as module
 from lit_align.callbacks.clock import Clock
-from lit_align.callbacks.figures import COUNT, PHASE, compute_dtype, figures, in_words, short
+from lit_align.callbacks.figures import COUNT, PHASE, compute_dtype, figures, in_words, of_whole_run, short
 from lit_align.machine import Machine
 from lit_align.models.flops import Flops
 
@@ -51,6 +51,9 @@ def test_rollouts_are_neither_waiting_nor_update():
     assert found["rollout/answers_per_second"] == 4.0
     before = COUNTED | {"waited": 2.5, PHASE + "rollout": 0.0, COUNT + "answers": 0}
     assert figures(before, COST, MACHINE, 0, ranks=1)["phase/update"] == 1.0
+    whole = of_whole_run(figures(before, COST, MACHINE, 0, ranks=1))
+    assert "tokens_per_second" in whole and not [name for name in whole if name.startswith("phase/")]
+    assert of_whole_run(found) == found
 
 
 def test_what_cannot_be_told_is_left_out():
